@@ -48,7 +48,7 @@ from megatron_simct.job_parts.student import (
     resume,
 )
 from megatron_simct.loading import build_byte_order, open_pair
-from megatron_simct.losses import check_config, check_has_units
+from megatron_simct.losses import check_comparisons, comparisons
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.parallel.node import Node
 from megatron_simct.records import AlignedPair, MicroBatch, Prompt, Rollout, ScoredPair
@@ -140,9 +140,7 @@ def build_job(config: Config, groups: Groups) -> Job:
     configuration is invalid."""
     config.check(data_parallel_size=groups.dp_size)
     config = with_prompt_date(config)
-    check_config(config.interface, context_parallel_size=config.parallel.context_parallel_size)
-    if config.output.gradient_parts_interval:
-        check_has_units(config.interface, flag="--gradient-parts-interval")
+    check_comparisons(config)
     check_writers(config.output)
     exit_watch = ExitWatch(
         on_signal=config.output.exit_signal_handler,
@@ -231,7 +229,9 @@ def build_job(config: Config, groups: Groups) -> Job:
             sampler = SharedEngine(sampler, groups.cp)
         source = sampler
     environment = build_environment(config, groups)
-    engine = build_engine(config, groups, with_turns(config, pair, source, environment, scored=True), student)
+    engine = build_engine(
+        config, groups, with_turns(config, groups, pair, source, environment, scored=True), student
+    )
     engine.publish(start)
     sampling = Sampling(
         temperature=config.rollout.rollout_temperature,
@@ -257,12 +257,12 @@ def build_job(config: Config, groups: Groups) -> Job:
             student,
             rows,
             sampling=sampling,
-            pack=build_packing(config, groups, placements, interface=InterfaceConfig(interface="sft")),
+            pack=build_packing(config, groups, placements, interfaces={"": InterfaceConfig(interface="sft")}),
             divide=node.divided,
         ),
         reference=reference,
         pack=build_packing(
-            config, groups, placements, interface=config.interface, entries=build_entries(config, pair)
+            config, groups, placements, interfaces=comparisons(config), entries=build_entries(pair)
         ),
         updater=Updater(
             chunks,
@@ -270,8 +270,11 @@ def build_job(config: Config, groups: Groups) -> Job:
             scheduler,
             groups,
             teachers=teaching.heads,
-            interface=config.interface,
-            byte_order=build_byte_order(model, groups, student) if pair.needs.byte_events else None,
+            byte_order=(
+                build_byte_order(model, groups, student)
+                if any(teacher.needs.byte_events for teacher in pair.teachers)
+                else None
+            ),
             gradient_parts_interval=config.output.gradient_parts_interval,
             importance_cap=config.rollout.rollout_importance_weights,
             check_sampling=(
@@ -297,7 +300,7 @@ def build_job(config: Config, groups: Groups) -> Job:
         evaluator=build_evaluator(
             config,
             groups,
-            with_turns(config, pair, source, environment, scored=False),
+            with_turns(config, groups, pair, source, environment, scored=False),
             student,
             divide=node.divided,
         ),

@@ -19,6 +19,7 @@ from megatron_simct.alignment.map_files import load_map
 from megatron_simct.config.options import (
     AttentionBackend,
     Config,
+    InterfaceConfig,
     ModelConfig,
     ParallelConfig,
     TeacherOptions,
@@ -27,7 +28,7 @@ from megatron_simct.data.prompts import Divide, Row, read_prompts, undivided
 from megatron_simct.data.rendering import ChatTemplate, read_date
 from megatron_simct.evaluation.answers import Thinking, find_thinking
 from megatron_simct.evaluation.benchmarks import Problem, read_problems
-from megatron_simct.losses import ByteOrder, teacher_needs
+from megatron_simct.losses import ByteOrder, comparisons, teacher_needs
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, build_model
 from megatron_simct.models.families import Architecture, read_architecture
 from megatron_simct.models.formats import folder_format
@@ -50,17 +51,23 @@ class Teacher:
     tokenizer: Tokenizer
     alignment_map: AlignmentMap | None
     """The tokens that it shares with the student; None if no tokens are compared."""
+    interface: InterfaceConfig
+    """How its rows are compared."""
+
+    @property
+    def needs(self) -> TeacherNeeds:
+        """What its interface asks of it."""
+        return teacher_needs(self.interface)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Student, teachers and the needs of the interface, opened once for a run."""
+    """Student and teachers, opened once for a run."""
 
     student: Tokenizer
     teachers: tuple[Teacher, ...]
     """Empty for an interface without a teacher. Several teachers have names, and each scores the rows that
     name it; or they have none, and are mixed byte by byte."""
-    needs: TeacherNeeds
 
     @property
     def by_name(self) -> dict[str, Teacher]:
@@ -78,12 +85,16 @@ def open_pair(
     opened. say: called with a line before work that takes long. divide: who makes which table of
     continuations.
     """
-    needs = teacher_needs(config.interface)
     student = open_tokenizer(config.model, prefix="")
-    teachers = config.teachers if needs.teacher else ()
+    teachers = config.teachers if config.needs_teacher else ()
+    interfaces = [comparisons(config)[one.name] for one in teachers]
     sides = [student, *(open_tokenizer(one.model, prefix=one.prefix) for one in teachers)]
-    if needs.byte_events and config.interface.byte_bounds == "any":
-        sides = _with_continuations(sides, say, divide)
+    bounded = [compares_bounds(one) for one in interfaces]
+    if any(bounded):
+        chosen = [number for number, needed in enumerate([True, *bounded]) if needed]
+        made = _with_continuations([sides[number] for number in chosen], say, divide)
+        for number, tokenizer in zip(chosen, made, strict=True):
+            sides[number] = tokenizer
     student, *others = sides
     return Pair(
         student=student,
@@ -93,14 +104,19 @@ def open_pair(
                 tokenizer=tokenizer,
                 alignment_map=(
                     None
-                    if needs.byte_events and one.alignment_map is None
-                    else open_alignment_map(config, one, student, tokenizer)
+                    if interface.interface == "bytes" and one.alignment_map is None
+                    else open_alignment_map(one, student, tokenizer, interface=interface)
                 ),
+                interface=interface,
             )
-            for one, tokenizer in zip(teachers, others, strict=True)
+            for one, tokenizer, interface in zip(teachers, others, interfaces, strict=True)
         ),
-        needs=needs,
     )
+
+
+def compares_bounds(interface: InterfaceConfig) -> bool:
+    """Whether a comparison needs to know which tokens may follow each other (`with_continuations`)."""
+    return interface.interface == "bytes" and interface.byte_bounds == "any"
 
 
 def _with_continuations(
@@ -138,16 +154,19 @@ def open_tokenizer(options: ModelConfig, *, prefix: str) -> Tokenizer:
 
 
 def open_alignment_map(
-    config: Config, options: TeacherOptions, student: Tokenizer, teacher: Tokenizer
+    options: TeacherOptions, student: Tokenizer, teacher: Tokenizer, *, interface: InterfaceConfig
 ) -> AlignmentMap:
     """The alignment map that a teacher's options name, if it belongs to these two tokenizers; built if they
     name none."""
     folder, flag = options.alignment_map, options.map_flag
-    if config.interface.interface == "kd":
+    if interface.interface == "kd":
         if folder is not None:
             raise ValueError(f"{flag} {folder}: interface kd pairs every id with itself; leave it out")
-        return identity_map(student, teacher)
-    if config.interface.shared == "released":
+        try:
+            return identity_map(student, teacher)
+        except ValueError as error:
+            raise ValueError(f"--teachers {options.name}: {error}" if options.name else str(error)) from None
+    if interface.shared == "released":
         if folder is not None:
             raise ValueError(
                 f"{flag} {folder}: it pairs tokens with equal bytes; leave out --simct-shared released"

@@ -55,7 +55,7 @@ def pack_micro_batches(
     scored: Iterable[ScoredPair],
     *,
     cut: Cut,
-    check: Callable[[LabelBatch], None],
+    check: Callable[[MicroBatch], None],
     packed: bool = False,
     multiple_of: int = 1,
     context: Context | None = None,
@@ -67,9 +67,9 @@ def pack_micro_batches(
 
     prompts, rollouts and pairs are in one order; scored pairs come in any order and are matched by sample id.
     Tensors are on the CPU, but for what the teacher left on a device. `check` raises ValueError for labels
-    that the loss could not read; it runs here, before anything is moved. context: see sequence_batch.
-    advantages: of the samples, by id, times the weight of their term. reference: by id, MicroBatch.reference
-    of each sample.
+    that the loss could not read; it runs here, before anything is moved, for those that have scores. context:
+    see sequence_batch. advantages: of the samples, by id, times the weight of their term. reference: by id,
+    MicroBatch.reference of each sample.
     """
     scored = list(scored)
     # The teacher answers in any order, so scores are matched by sample id.
@@ -99,7 +99,7 @@ def pack_micro_batches(
         batches = [replace(b, reference=_pack_labels([of[i] for i in b.sample_ids])) for b in batches]
     for batch in batches:
         if batch.teacher is not None:
-            check(batch.labels)
+            check(batch)
     return batches
 
 

@@ -13,7 +13,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -254,13 +254,16 @@ def teacher_prompt_of(row: dict[str, Any], prompt: str | Sequence[Message]) -> s
     return [{"role": "system", "content": system}, *messages[messages[0]["role"] == "system" :]]
 
 
-def teachers_of(row: dict[str, Any], names: Sequence[str], *, mixes: bool) -> dict[str, float]:
+def teachers_of(
+    row: dict[str, Any], names: Sequence[str], *, mixes: Mapping[str, object]
+) -> dict[str, float]:
     """The teachers of a row and their weights, which add up to 1: the one under `teacher`, or several under
     `teachers`, {NAME: weight}, that with the largest weight first. Empty without names.
 
-    A row that names none has the only teacher, if there is one. names: of all teachers. mixes: whether
-    several can be mixed. Raises RowError for another name, for none among several, and for weights that are
-    not numbers from 1e-6 to 1e6.
+    A row that names none has the only teacher, if there is one. names: of all teachers. mixes: the
+    names of those that can be mixed, each with what must be the same of all that a row mixes. Raises RowError
+    for another name, for none among several, for several that cannot be mixed, and for weights that are not
+    numbers from 1e-6 to 1e6.
     """
     if not names:
         return {}
@@ -285,8 +288,16 @@ def teachers_of(row: dict[str, Any], names: Sequence[str], *, mixes: bool) -> di
             raise RowError("a weight that is not a number from 1e-6 to 1e6", f"that of the teacher {name!r}")
     if not weights:
         raise RowError("no teacher", f"{known}; {_has(row)}")
-    if len(weights) > 1 and not mixes:
-        raise RowError("several teachers", "only --simct-interface bytes mixes teachers; name one of them")
+    if len(weights) > 1:
+        for name in weights:
+            if name not in mixes:
+                why = f"only --simct-interface bytes mixes teachers, not that of {name}; name one of them"
+                raise RowError("several teachers", why)
+        first = next(iter(weights))
+        other = next((name for name in weights if mixes[name] != mixes[first]), None)
+        if other is not None:
+            why = f"--simct options of {first} and {other} differ, and a mixture has one comparison"
+            raise RowError("several teachers", f"{why}; name one of them")
     total = sum(weights.values())
     order = sorted(weights, key=lambda name: (-weights[name], names.index(name)))
     return {name: weights[name] / total for name in order}

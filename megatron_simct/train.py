@@ -25,7 +25,7 @@ with loading("megatron_simct.train"):
 from megatron_simct.config.flags import parse_config, to_yaml
 from megatron_simct.config.options import Config
 from megatron_simct.files import write_whole
-from megatron_simct.losses import known_failure
+from megatron_simct.losses import comparisons, known_failure
 from megatron_simct.models.tensor_files import find_weights
 from megatron_simct.parallel.disk import sole_owner
 from megatron_simct.parallel.initialize import Groups, process_groups
@@ -328,11 +328,16 @@ def report_random_weights(config: Config, groups: Groups, *, resumed: bool) -> N
 
 
 def report_interface(config: Config, groups: Groups) -> None:
-    """Logs the interface and its known failure."""
-    failure = known_failure(config.interface)
-    if groups.is_first_rank:
+    """Logs the interface and its known failure; those of the teachers, if they differ."""
+    if not groups.is_first_rank:
+        return
+    of_teachers = comparisons(config)
+    if len(config.interface_names) == 1:
+        of_teachers = {"": next(iter(of_teachers.values()))}
+    for name, interface in of_teachers.items():
+        failure = known_failure(interface)
         known = f"; known failure: {failure}" if failure else ""
-        print(f" interface {config.interface.interface}{known}", flush=True)
+        print(f" interface {f'of {name}: ' if name else ''}{interface.interface}{known}", flush=True)
 
 
 def report_precision(config: Config, groups: Groups) -> None:

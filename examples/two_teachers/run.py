@@ -8,8 +8,9 @@ On the quick start's names and things:
     4. distil     the student samples, and each row's teacher scores: `teacher` in the row, --teachers; with
                   --own-weight below 1 the other teacher is mixed in: `teachers`
 
-Both teachers have another tokenizer than the student. A stage whose command and inputs have not changed since
-it finished is not run again.
+Both teachers have another tokenizer than the student; with --kd one of them has the student's, and its rows
+are compared by an interface of its own: `simct_interface` in its entry. A stage whose command and inputs have
+not changed since it finished is not run again.
 """
 
 from __future__ import annotations
@@ -95,15 +96,16 @@ class Recipe:
         write_prompts(folder, own_weight=options.own_weight)
         mixed = "" if options.own_weight == 1 else f"-{options.own_weight}"
         other, own = sides("digits-agree", "teacher-groups", folder / "tokenizers")
+        self._names = {kind: f"{kind}-kd" if kind == options.kd else kind for kind in KINDS}
         self._models = {
-            "additions": self._architecture("additions", other, "teacher"),
-            "subtractions": self._architecture("subtractions", other, "teacher"),
-            "student": self._architecture("student", own, "student"),
+            name: self._architecture(name, own if kind == options.kd else other, "teacher")
+            for kind, name in self._names.items()
         }
+        self._models["student"] = self._architecture("student", own, "student")
         until = ("--eval-samples", "0", "--exit-eval-accuracy")
         self.teachers = {
             kind: self._train(
-                *(f"teacher of {kind}", kind, kind, f"{kind}-held_out"),
+                *(f"teacher of {kind}", self._names[kind], kind, f"{kind}-held_out"),
                 *("--simct-interface", "sft", "--lr", "2e-3", "--lr-warmup-fraction", "0.03"),
                 *("--train-iters", "800", "--lr-decay-style", "linear", "--rollout-batch-size", "32"),
                 *("--eval-interval", "50", *until, str(TEACHER_ACCURACY)),
@@ -125,7 +127,7 @@ class Recipe:
             *("--lr-decay-style", "constant", "--train-iters", str(options.train_iters)),
             *("--rollout-batch-size", "64", "--eval-interval", "20"),
             needs=(*self.teachers.values(), self.warm_up),
-            output=f"distil{mixed}",
+            output=f"distil{mixed}{'-kd-of-' + options.kd if options.kd else ''}",
         )
 
     @property
@@ -143,7 +145,9 @@ class Recipe:
 
     def _entry(self, kind: str) -> dict[str, str]:
         """A teacher in --teachers."""
-        return self._models[kind] | {"pretrained_checkpoint": str(self.teachers[kind].output / "checkpoint")}
+        checkpoint = {"pretrained_checkpoint": str(self.teachers[kind].output / "checkpoint")}
+        own = {"simct_interface": "kd"} if kind == self._options.kd else {}
+        return self._models[self._names[kind]] | checkpoint | own
 
     def _flags(self, name: str) -> list[str]:
         model = self._models[name]
@@ -178,12 +182,13 @@ class Recipe:
     def _evaluate(self, kind: str) -> Stage:
         """A teacher's answers to the problems of the other one."""
         (other,) = KINDS.keys() - {kind}
-        data, output = self._folder / f"{other}-held_out.jsonl", self._folder / f"{kind}-on-{other}"
+        name = self._names[kind]
+        data, output = self._folder / f"{other}-held_out.jsonl", self._folder / f"{name}-on-{other}"
         start = str(self.teachers[kind].output / "checkpoint")
         command = [
             *(sys.executable, str(ROOT / "tools" / "evaluate.py"), "--benchmark", "exact_match"),
             *("--data", str(data), "--output-dir", str(output), "--max-response-len", "16"),
-            *(*self._flags(kind), "--pretrained-checkpoint", start),
+            *(*self._flags(name), "--pretrained-checkpoint", start),
         ]
         return Stage(
             name=f"teacher of {kind} on {other}",
@@ -221,6 +226,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=1.0,
         help="weight of the row's own teacher; the other one, which does not know, has the rest",
     )
+    parser.add_argument(
+        "--kd",
+        choices=tuple(KINDS),
+        default=None,
+        help="this teacher has the student's tokenizer, and its rows are compared by kd",
+    )
     parser.add_argument("--seed", type=int, default=1, help="weights, order of the problems, sampling")
     parser.add_argument("--train-iters", type=int, default=100, help="on-policy steps")
     parser.add_argument("--lr", type=float, default=3e-4, help="learning rate of the on-policy steps")
@@ -233,6 +244,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if not 0 < options.own_weight <= 1:
         parser.error(f"--own-weight {options.own_weight}: must be above 0 and at most 1")
+    if options.own_weight < 1 and options.kd:
+        parser.error("--own-weight below 1: not with --kd, which no mixture can be of")
     if options.own_weight < 1 and options.interface != "bytes":
         parser.error("--own-weight below 1: only --interface bytes mixes teachers")
     return options

@@ -67,13 +67,13 @@ def read_prompts(
     chat: bool = False,
     keep_fields: bool = False,
     teachers: Sequence[str] = (),
-    mixes: bool = False,
+    mixes: Mapping[str, object] = MappingProxyType({}),
     transcripts: bool = False,
 ) -> list[Row]:
     """The rows of a file. With `chat` a prompt is a list of messages, or a text that becomes one user
     message. keep_fields: set Row.fields. teachers: the names of --teachers; each row has one of them, or
-    several if they can be mixed (mixes). transcripts: rows of messages keep their last answer as a message,
-    and every other row needs a response.
+    several that can be mixed (mixes: see teachers_of). transcripts: rows of messages keep their last answer
+    as a message, and every other row needs a response.
 
     Raises ValueError, naming the flag, the file and the line, if the file is invalid.
     """

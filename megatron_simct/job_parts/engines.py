@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from megatron_simct.alignment import Tokenizer
 from megatron_simct.config.options import Config
@@ -20,8 +19,9 @@ from megatron_simct.loading import Pair, open_chat_template
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, whole_sequences
 from megatron_simct.models.families import read_architecture
 from megatron_simct.models.hf_export import save_hf_weights
-from megatron_simct.parallel.disk import on_first_rank
+from megatron_simct.parallel.disk import on_first_rank, raise_together
 from megatron_simct.parallel.initialize import Groups
+from megatron_simct.parallel.pipeline import from_writer
 from megatron_simct.records import Prompt, Rollout
 from megatron_simct.rollout.engine import GivenResponses, ReplayEngine, RolloutEngine
 from megatron_simct.rollout.turns import TurnsEngine
@@ -37,7 +37,7 @@ def build_environment(config: Config, groups: Groups) -> Environment | None:
     rollout = config.rollout
     if rollout.environment is None:
         return None
-    environment, problem = None, ""
+    environment, problem = None, None
     if groups.writes_samples:
         try:
             environment = Environment(
@@ -48,15 +48,18 @@ def build_environment(config: Config, groups: Groups) -> Environment | None:
             )
         except ValueError as error:
             problem = str(error)
-    problems: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if any(problems):
-        raise ValueError(next(filter(None, problems)))
+    raise_together(problem)
     return environment
 
 
 def with_turns(
-    config: Config, pair: Pair, engine: RolloutEngine, environment: Environment | None, *, scored: bool
+    config: Config,
+    groups: Groups,
+    pair: Pair,
+    engine: RolloutEngine,
+    environment: Environment | None,
+    *,
+    scored: bool,
 ) -> RolloutEngine:
     """The engine, with the environment between its responses if there is one. scored: whether teachers read
     the responses."""
@@ -78,6 +81,7 @@ def with_turns(
     return TurnsEngine(
         engine,
         replies=None if environment is None else environment.replies,
+        in_replica=partial(from_writer, groups=groups),
         student=(pair.student, open_chat_template(config, config.model, pair.student, prefix="")),
         teachers=teachers,
     )

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import torch.distributed as dist
-
 from megatron_simct.alignment import Tokenizer
 from megatron_simct.config.options import Config
 from megatron_simct.data.prompts import Divide, PromptSource
@@ -17,6 +15,7 @@ from megatron_simct.evaluation.rewards import Rewards
 from megatron_simct.evaluation.sandbox import Limits, check_sandbox
 from megatron_simct.job_parts.prompts import report_skipped
 from megatron_simct.loading import open_chat_template, open_held_out, open_thinking
+from megatron_simct.parallel.disk import raise_together
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.records import Prompt, Rollout
 from megatron_simct.rewarding import Rewarding
@@ -34,7 +33,7 @@ def build_rewarding(config: Config, groups: Groups, student: Tokenizer) -> Rewar
         return None
     chat = open_chat_template(config, config.model, student, prefix="")
     thinking = open_thinking(chat)
-    rewards, problem = None, ""
+    rewards, problem = None, None
     if groups.writes_samples:
         try:
             if options.reward == "code":
@@ -42,10 +41,7 @@ def build_rewarding(config: Config, groups: Groups, student: Tokenizer) -> Rewar
             rewards = Rewards(options, chat=config.data.apply_chat_template, thinking=thinking)
         except ValueError as error:
             problem = str(error)
-    problems: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if any(problems):
-        raise ValueError(next(filter(None, problems)))
+    raise_together(problem)
     return Rewarding(
         rewards=rewards,
         student=student,

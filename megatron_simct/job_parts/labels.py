@@ -14,7 +14,7 @@ from megatron_simct.alignment.translation import Translation
 from megatron_simct.alignment.turns import plan_turns
 from megatron_simct.config.options import Config, InterfaceConfig
 from megatron_simct.loading import Pair
-from megatron_simct.losses import check_labels
+from megatron_simct.losses import check_labels, comparisons, teacher_needs
 from megatron_simct.losses.kinds.table import interface_of
 from megatron_simct.losses.kinds.teacher_topk import response_entries
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel
@@ -33,7 +33,6 @@ from megatron_simct.parallel.reductions import largest
 from megatron_simct.records import (
     AlignedPair,
     EntryBatch,
-    LabelBatch,
     MicroBatch,
     Prompt,
     Rollout,
@@ -48,14 +47,22 @@ def build_alignment(config: Config, pair: Pair) -> Callable[[Prompt, Rollout], A
 
 
 def _build_plan(config: Config, pair: Pair) -> Callable[[Prompt, Rollout], AlignedPair]:
-    student, needs, interface = pair.student, pair.needs, config.interface
+    student = pair.student
     if not pair.teachers:
-        return partial(plan_without_teacher, student=student, needs=needs)
+        return partial(plan_without_teacher, student=student, needs=teacher_needs(config.interface))
     if len(pair.by_name) < len(pair.teachers):
-        tokenizers = [teacher.tokenizer for teacher in pair.teachers]
-        return partial(plan_mixture, student=student, teachers=tokenizers, needs=needs, interface=interface)
+        first = pair.teachers[0]
+        return partial(
+            plan_mixture,
+            student=student,
+            teachers=[teacher.tokenizer for teacher in pair.teachers],
+            needs=first.needs,
+            interface=first.interface,
+        )
 
     def align(prompt: Prompt, rollout: Rollout) -> AlignedPair:
+        teacher = pair.by_name[prompt.teacher]
+        needs, interface = teacher.needs, teacher.interface
         if prompt.mixture:
             tokenizers = [pair.by_name[name].tokenizer for name, _ in prompt.mixture]
             aligned = plan_mixture(
@@ -66,7 +73,6 @@ def _build_plan(config: Config, pair: Pair) -> Callable[[Prompt, Rollout], Align
                 for part, (name, weight) in zip((aligned, *aligned.others), prompt.mixture, strict=True)
             ]
             return replace(named[0], others=tuple(named[1:]))
-        teacher = pair.by_name[prompt.teacher]
         aligned = plan_pair(
             prompt,
             rollout,
@@ -88,12 +94,12 @@ def build_placements(
     without a teacher, that slice alone."""
     start, end = model.vocab_shard
     maps = {name: teacher.alignment_map for name, teacher in pair.by_name.items()} or {"": None}
-    vocab_size = pair.student.table.num_ids
+    vocab_size, interfaces = pair.student.table.num_ids, comparisons(config)
     return {
         name: (
             VocabPlacement.student_only(student_vocab_size=vocab_size, shard_start=start, shard_end=end)
             if tables is None
-            else tables.placement(shard_start=start, shard_end=end, stop_bridge=config.interface.stop_bridge)
+            else tables.placement(shard_start=start, shard_end=end, stop_bridge=interfaces[name].stop_bridge)
         )
         for name, tables in maps.items()
     }
@@ -104,22 +110,24 @@ def build_packing(
     groups: Groups,
     placements: Mapping[str, VocabPlacement],
     *,
-    interface: InterfaceConfig,
+    interfaces: Mapping[str, InterfaceConfig],
     entries: Entries | None = None,
 ) -> Callable[..., list[MicroBatch]]:
-    """The function that packs a rank's samples into micro-batches for the loss of this interface."""
+    """The function that packs a rank's samples into micro-batches. interfaces: by MicroBatch.teacher."""
     context = None
     if groups.cp_size > 1:
         pieces = partial(context_pieces, size=groups.cp_size)
         context = Context(rank=groups.cp_rank, size=groups.cp_size, pieces=pieces)
     placement = next(iter(placements.values()))  # only the student's vocabulary is checked, the same in all
+
+    def check(batch: MicroBatch) -> None:
+        if groups.is_last_stage:  # the others do not have the teacher's scores
+            assert batch.teacher is not None, "labels without scores are not checked"
+            check_labels(batch.labels, placement=placement, config=interfaces[batch.teacher])
+
     pack = partial(
         pack_micro_batches,
-        check=(
-            partial(check_labels, placement=placement, config=interface)
-            if groups.is_last_stage
-            else _leave_to_last_stage
-        ),
+        check=check,
         packed=config.training.max_tokens_per_gpu is not None,
         multiple_of=token_multiple(config.parallel, groups.device, context_parallel_size=groups.cp_size),
         context=context,
@@ -166,33 +174,28 @@ def build_agreement(config: Config, groups: Groups) -> Callable[[int], int]:
     return lambda count: -(-largest(count, groups.dp_cp) // stages) * stages
 
 
-def build_entries(config: Config, pair: Pair) -> Entries | None:
-    """The function that lists the single tokens to compare from a teacher's scores; None if the interface
-    compares none.
+def build_entries(pair: Pair) -> Entries | None:
+    """The function that lists the single tokens to compare from a teacher's scores; None if no interface
+    compares any.
     """
-    entries_of = interface_of(config.interface).entries
-    if entries_of is None:
-        return None
-    compares_stops = config.interface.stop_bridge
-    translations = {}
+    of_teachers = {}
     for name, teacher in pair.by_name.items():
+        entries_of = interface_of(teacher.interface).entries
+        if entries_of is None:
+            continue
         tables = teacher.alignment_map
         assert tables is not None, "this interface compares tokens with a teacher's"
-        translations[name] = Translation(
+        translation = Translation(
             student=pair.student.table.pieces(),
             teacher=teacher.tokenizer.table.pieces(),
             student_of_bytes=id_of_bytes(pair.student),
-            stop_student_id=tables.stop_student_id if compares_stops else None,
+            stop_student_id=tables.stop_student_id if teacher.interface.stop_bridge else None,
             stop_teacher_ids=frozenset(tables.stop_teacher_ids),
         )
-    of_interface = entries_of(config.interface)
+        of_teachers[name] = partial(response_entries, entries_of(teacher.interface), translation)
 
     def entries(rollout: Rollout, aligned: AlignedPair, scored: ScoredPair) -> EntryBatch:
         assert aligned.teacher is not None, "a pair that nobody has scored has no entries"
-        return response_entries(of_interface, translations[aligned.teacher], rollout, aligned, scored)
+        return of_teachers[aligned.teacher](rollout, aligned, scored)
 
-    return entries
-
-
-def _leave_to_last_stage(labels: LabelBatch) -> None:
-    """Only the last stage has the teacher's scores of the labels."""
+    return entries if of_teachers else None

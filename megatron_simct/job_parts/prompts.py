@@ -16,6 +16,7 @@ from megatron_simct.alignment import Tokenizer
 from megatron_simct.config.options import Config
 from megatron_simct.data.prompts import Divide, PromptSource, Row, read_prompts, undivided
 from megatron_simct.loading import Pair, open_chat_template, prompt_date
+from megatron_simct.losses import mixable
 from megatron_simct.parallel.initialize import Groups
 from megatron_simct.records import MicroBatch
 from megatron_simct.rollout.engine import Sampling, write_rollouts
@@ -37,7 +38,7 @@ def read_training_rows(config: Config) -> list[Row]:
         need_label=False,
         keep_fields=config.keeps_fields,
         teachers=[teacher.name for teacher in config.teachers if teacher.name],
-        mixes=config.interface.interface == "bytes",
+        mixes=mixable(config),
         transcripts=config.data.simct_on == "given",
     )
 

@@ -12,7 +12,6 @@ from megatron_simct.config.options import Config
 from megatron_simct.files import sampled_fingerprint
 from megatron_simct.job_parts.labels import build_cut
 from megatron_simct.loading import Pair, load_model
-from megatron_simct.losses import teacher_needs
 from megatron_simct.models.build import HiddenStateModel, InterleavedModel, uses_transformer_engine
 from megatron_simct.models.families import read_architecture
 from megatron_simct.models.layout import token_multiple
@@ -51,7 +50,7 @@ def load_student(config: Config, groups: Groups, tokenizer: Tokenizer) -> Hidden
 def check_experts(config: Config) -> None:
     """Raises ValueError for options of experts if neither model has experts."""
     sides = [(config.model.folder, "--hf-checkpoint")]
-    if teacher_needs(config.interface).teacher:
+    if config.needs_teacher:
         sides += [(one.model.folder, f"--{one.prefix}hf-checkpoint") for one in config.teachers]
     parallel = config.parallel
     ep = parallel.expert_model_parallel_size
@@ -117,6 +116,11 @@ def identity(config: Config, pair: Pair) -> dict[str, object]:
                 name: None if one.alignment_map is None else one.alignment_map.fingerprint
                 for name, one in pair.by_name.items()
             }
+        ),
+        "interface": (
+            {name: one.interface.method().interface for name, one in pair.by_name.items()}
+            if config.routes_rows
+            else None
         ),
         "adapters": adapter_identity(config),
         "start": start_fingerprint(config),

@@ -1,10 +1,13 @@
 """The fourth hop: compares the student's hidden states with the teacher's scores on vocabulary shards."""
 
 from megatron_simct.losses.checks import (
+    check_comparisons,
     check_config,
     check_has_units,
     check_labels,
+    comparisons,
     known_failure,
+    mixable,
     teacher_needs,
 )
 from megatron_simct.losses.kinds.bytes import ByteOrder
@@ -32,9 +35,11 @@ __all__ = [
     "SharedColumns",
     "SharedHead",
     "SharedVocabulary",
+    "check_comparisons",
     "check_config",
     "check_has_units",
     "check_labels",
+    "comparisons",
     "cross_tokenizer_loss",
     "gather_shared_head",
     "interface_loss",
@@ -42,6 +47,7 @@ __all__ = [
     "known_failure",
     "label_statistics",
     "logit_statistics",
+    "mixable",
     "place_shared_head",
     "teacher_needs",
 ]

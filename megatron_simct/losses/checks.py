@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 
 from megatron_simct.alignment.placement import VocabPlacement
 from megatron_simct.config.interfaces import METHODS, VARIANTS
-from megatron_simct.config.options import InterfaceConfig, check_ranges, flag_of
+from megatron_simct.config.options import Config, InterfaceConfig, check_ranges, flag_of
 from megatron_simct.losses.kinds.table import interface_of
 from megatron_simct.losses.rows import is_row
 from megatron_simct.records import LabelBatch, SegmentKind, TeacherNeeds
@@ -111,15 +113,7 @@ def check_config(config: InterfaceConfig, *, context_parallel_size: int = 1) -> 
             "--simct-divergence reverse_kl: the targets of interface bpm are 0 for most tokens, where it is "
             "infinite; take forward_kl, as published, or js"
         )
-    _, set_by_name = VARIANTS.get(config.interface, ("", {}))
-    read = (interface.reads | {"interface", "loss_memory_mib"}) - set_by_name.keys()
-    if "rho" in set_by_name.values():
-        read |= {"rho", "interface_seed"}
-    method = config.method()
-    if method.drop_units or method.random_units is not None:
-        read |= {"interface_seed"}
-    if config.divergence != "js":
-        read -= {"js_beta"}
+    method, read = config.method(), options_read(config)
     for field in fields(config):
         if getattr(config, field.name) != field.default and field.name not in read:
             flag = f"--{'no-' if field.default is True else ''}{flag_of('simct_' + field.name)[2:]}"
@@ -129,6 +123,59 @@ def check_config(config: InterfaceConfig, *, context_parallel_size: int = 1) -> 
             )
     if method.drop_units and method.random_units is not None:
         raise ValueError("--simct-drop-units and --simct-random-units: one ablation at a time")
+
+
+def options_read(config: InterfaceConfig) -> frozenset[str]:
+    """The fields of the configuration that have a meaning with its interface."""
+    _, set_by_name = VARIANTS.get(config.interface, ("", {}))
+    read = (interface_of(config).reads | {"interface", "loss_memory_mib"}) - set_by_name.keys()
+    if "rho" in set_by_name.values():
+        read |= {"rho", "interface_seed"}
+    method = config.method()
+    if method.drop_units or method.random_units is not None:
+        read |= {"interface_seed"}
+    return read if config.divergence == "js" else read - {"js_beta"}
+
+
+def _comparison_with(run: InterfaceConfig, own: Mapping[str, Any]) -> InterfaceConfig:
+    """The configuration of a run with the fields that one of its teachers has in their place.
+
+    Fields of the run that the interface does not read are at their defaults.
+    """
+    wanted = replace(run, **own)
+    read = options_read(wanted) | own.keys()
+    return InterfaceConfig(**{one.name: getattr(wanted, one.name) for one in fields(run) if one.name in read})
+
+
+def comparisons(config: Config) -> dict[str, InterfaceConfig]:
+    """How rows are compared, by the name of their teacher in --teachers; without it, by an empty name."""
+    if not config.routes_rows:
+        return {"": config.interface}
+    return {one.name: _comparison_with(config.interface, one.comparison) for one in config.teachers}
+
+
+def check_comparisons(config: Config) -> None:
+    """Raises ValueError for options of a comparison that have no meaning, or that the layout refuses."""
+    of_teachers = comparisons(config)
+    for name, interface in of_teachers.items():
+        try:
+            check_config(interface, context_parallel_size=config.parallel.context_parallel_size)
+            if config.output.gradient_parts_interval:
+                check_has_units(interface, flag="--gradient-parts-interval")
+        except ValueError as error:
+            raise ValueError(f"--teachers {name}: {error}" if name else str(error)) from None
+    for one in fields(InterfaceConfig):
+        value = getattr(config.interface, one.name)
+        if value != one.default and all(getattr(of, one.name) != value for of in of_teachers.values()):
+            raise ValueError(
+                f"{flag_of(f'simct_{one.name}')} {value}: no teacher of --teachers is compared so; leave it "
+                "out"
+            )
+
+
+def mixable(config: Config) -> dict[str, InterfaceConfig]:
+    """The teachers that a row of --teachers may mix, with what must be the same of all that it mixes."""
+    return {name: one for name, one in comparisons(config).items() if name and one.interface == "bytes"}
 
 
 def check_has_units(config: InterfaceConfig, *, flag: str) -> None:

@@ -1,4 +1,4 @@
-"""Communication between pipeline stages outside of Megatron's training schedule.
+"""Communication between the ranks of a model replica outside of Megatron's training schedule.
 
 The schedule leaves its results on the last stage, the one with the LM head. These functions broadcast them to
 the other stages, so that every rank of a replica continues with the same numbers, and send hidden states from
@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from megatron_simct.parallel.initialize import Groups
+
 T = TypeVar("T")
 
 
@@ -21,6 +23,17 @@ def from_last_stage(values: T, pp: dist.ProcessGroup) -> T:
         return values
     carrier = [values]
     dist.broadcast_object_list(carrier, src=dist.get_global_rank(pp, pp.size() - 1), group=pp)
+    return carrier[0]
+
+
+def from_writer(values: T, groups: Groups) -> T:
+    """The values of the rank that writes a model replica's samples (Groups.writes_samples), on every rank of
+    the replica; they are pickled, and those of other ranks are not read. Collective over each replica.
+    """
+    carrier = [values]
+    for group in (groups.pp, groups.tp_cp):  # of the ranks of tp_cp the first one has them by then
+        if group.size() > 1:
+            dist.broadcast_object_list(carrier, src=dist.get_global_rank(group, 0), group=group)
     return carrier[0]
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from megatron_simct.config.run_file import RunFile
 from megatron_simct.data.prompts import Row
 from megatron_simct.loading import open_alignment_map
+from megatron_simct.losses import comparisons
 from megatron_simct.preflight import pair
 from megatron_simct.preflight.bias import Bias
 from megatron_simct.preflight.cluster import check_cluster
@@ -93,27 +94,32 @@ def _compare(
         if not rows:
             message = "no row of --prompt-data names this teacher"
             findings.append(warned(teacher.name, "prompts", message, flag="--teachers"))
+    interface = comparisons(state.config)[options.name]
     alignment_map = state.attempt(
         "pair",
         "shared vocabulary",
-        lambda: open_alignment_map(state.config, options, student.tokenizer, teacher.tokenizer),
+        lambda: open_alignment_map(options, student.tokenizer, teacher.tokenizer, interface=interface),
         lambda found: f"{found.num_shared:,} tokens",
     )
     coverage, measured = None, None
     if alignment_map is not None and rows:
         coverage = pair.coverage_of(rows, student=student, teacher=teacher, alignment_map=alignment_map)
         findings += pair.check_coverage(coverage)
-        findings += pair.check_interface(
-            state.config.interface.interface, coverage, student=student, teacher=teacher
-        )
-        interface = state.config.interface
+        findings += pair.check_interface(interface.interface, coverage, student=student, teacher=teacher)
         if bias:
             measured = state.attempt(
                 "pair", "bias", lambda: pair.bias_of(rows, interface, student=student, teacher=teacher)
             )
         if measured is not None:
             findings += pair.check_bias(measured, interface)
-    one = Compared(side=teacher, options=options, rows=rows, alignment_map=alignment_map, coverage=coverage)
+    one = Compared(
+        side=teacher,
+        options=options,
+        interface=interface,
+        rows=rows,
+        alignment_map=alignment_map,
+        coverage=coverage,
+    )
     return one, measured
 
 

@@ -13,7 +13,7 @@ from megatron_simct.config.interfaces import METHODS, Interface
 from megatron_simct.config.options import InterfaceConfig
 from megatron_simct.config.run_file import Job, RunFile
 from megatron_simct.engine_client import LogprobField
-from megatron_simct.losses import teacher_needs
+from megatron_simct.losses import comparisons, teacher_needs
 from megatron_simct.losses.rows import ALL_TOKENS
 from megatron_simct.preflight.findings import Finding, failed, passed, warned
 from megatron_simct.teacher.engine_logprobs import serves
@@ -62,7 +62,11 @@ def _answers(run: RunFile, job: Job) -> Iterator[Finding]:
     field = run.teacher_configs[job.name].engine.answers
     if field == "hidden_states":
         return
-    interface, flag = run.config.interface, "--engine-answers"
+    config, flag = run.config, "--engine-answers"
+    try:
+        interface = comparisons(config).get(job.name, config.interface)
+    except ValueError:
+        return  # the check of options reports it
     names = ", ".join(served_by(field))
     if not _is_served(interface, field):
         message = (

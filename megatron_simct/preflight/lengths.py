@@ -36,7 +36,7 @@ def check_lengths(state: State, student: pair.Side, compared: Sequence[Compared]
 def check_traffic(state: State, one: Compared) -> Traffic:
     """The most that a step sends to a teacher, if it scores all rows, and gets back."""
     config, teacher, coverage = state.config, one.side, one.coverage
-    needs = teacher_needs(config.interface)
+    needs = teacher_needs(one.interface)
     labels = teacher_labels(state, coverage)
     rows = labels
     if coverage is not None and needs.hidden_rows == "first":

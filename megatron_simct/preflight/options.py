@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from megatron_simct.config.options import TeacherConfig
-from megatron_simct.losses import check_config, check_has_units
+from megatron_simct.losses import check_comparisons
 from megatron_simct.parallel.initialize import check_layout
 from megatron_simct.preflight.findings import failed, passed
 from megatron_simct.preflight.state import State
@@ -23,9 +23,7 @@ def check_options(state: State) -> None:
         parallel = config.parallel
         data_parallel_size = student.world_size // parallel.model_parallel_size
         config.check(data_parallel_size=data_parallel_size)
-        check_config(config.interface, context_parallel_size=config.parallel.context_parallel_size)
-        if config.output.gradient_parts_interval:
-            check_has_units(config.interface, flag="--gradient-parts-interval")
+        check_comparisons(config)
         if config.routes_rows:
             check_dense(config)
         if state.run.cluster.container is None:

@@ -45,11 +45,10 @@ def plan_student(
     if config.training.max_tokens_per_gpu is not None:
         longest = rollout.rollout_max_prompt_len + rollout.rollout_max_response_len
         sequences = max(1.0 / context, config.training.max_tokens_per_gpu / longest)
-    needs = teacher_needs(config.interface)
     width = max((one.side.architecture.hidden_size for one in compared), default=0)
     values, tp = 0, parallel.tensor_model_parallel_size  # of the teachers' heads on the fullest rank
     for one in compared:
-        tables = one.alignment_map
+        tables, needs = one.alignment_map, teacher_needs(one.interface)
         if tables is not None and needs.hidden_rows != "none" and not needs.topk:
             rows = round(placement_balance(tables, (tp,))[tp] * tables.teacher_vocab_size / tp)
             values += rows * one.side.architecture.hidden_size

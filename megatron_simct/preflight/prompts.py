@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from megatron_simct.data.prompts import PromptSource, Row, read_prompts
 from megatron_simct.loading import open_held_out
+from megatron_simct.losses import mixable
 from megatron_simct.preflight import pair
 from megatron_simct.preflight.findings import Finding, failed, passed, warned
 from megatron_simct.preflight.state import State
@@ -33,7 +34,7 @@ def check_prompts(state: State, student: pair.Side, teachers: Sequence[pair.Side
             need_response=config.interface.interface == "sft" and config.data.simct_on == "sampled",
             need_label=False,
             teachers=list(named),
-            mixes=config.interface.interface == "bytes",
+            mixes=mixable(config),
             transcripts=config.data.simct_on == "given",
         ),
     )

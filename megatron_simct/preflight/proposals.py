@@ -22,6 +22,7 @@ from megatron_simct.preflight.stages import (
     unevenness,
 )
 from megatron_simct.preflight.state import Compared, State
+from megatron_simct.records import TeacherNeeds
 
 
 def propose_batch_and_layout(
@@ -72,7 +73,7 @@ def propose_stages(state: State, student: pair.Side, compared: Sequence[Compared
     pp, architecture = parallel.pipeline_model_parallel_size, known(student.architecture)
     if pp == 1 or parallel.num_virtual_stages_per_pipeline_rank > 1 or not _can_run(state, student, parallel):
         return
-    rollout, needs = config.rollout, teacher_needs(config.interface)
+    rollout = config.rollout
     costs = [
         layer_operations(
             layer,
@@ -82,8 +83,8 @@ def propose_stages(state: State, student: pair.Side, compared: Sequence[Compared
         )
         for layer in architecture.layers
     ]
-    sends_rows = needs.hidden_rows != "none" and not needs.topk
-    maps = [one.alignment_map for one in compared if one.alignment_map is not None and sends_rows]
+    sending = [one for one in compared if _sends_rows(teacher_needs(one.interface))]
+    maps = [one.alignment_map for one in sending if one.alignment_map is not None]
     last = loss_operations(
         hidden_size=architecture.hidden_size,
         vocab_size=architecture.vocab_size,
@@ -106,6 +107,11 @@ def propose_stages(state: State, student: pair.Side, compared: Sequence[Compared
                 "(the last has the loss)"
             )
             state.findings.append(passed("student", "proposal", said))
+
+
+def _sends_rows(needs: TeacherNeeds) -> bool:
+    """Whether the loss reads hidden states of the teacher, and so its head."""
+    return needs.hidden_rows != "none" and not needs.topk
 
 
 def _can_run(state: State, student: pair.Side, parallel: ParallelConfig) -> bool:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from megatron_simct.alignment import AlignmentMap
 from megatron_simct.alignment.coverage import Coverage
-from megatron_simct.config.options import TeacherOptions
+from megatron_simct.config.options import InterfaceConfig, TeacherOptions
 from megatron_simct.config.run_file import RunFile
 from megatron_simct.data.prompts import Row
 from megatron_simct.preflight import pair
@@ -23,6 +23,8 @@ class Compared:
 
     side: pair.Side
     options: TeacherOptions
+    interface: InterfaceConfig
+    """How its rows are compared."""
     rows: Sequence[Row]
     """The rows of --prompt-data that it scores."""
     alignment_map: AlignmentMap | None

@@ -413,7 +413,7 @@ def ratios(report: StepReport, samples: dict[str, float], *, sampled: bool) -> d
                 if key in sums
             },
         }
-    elif sums.get("num_teacher_labels"):
+    if "rows_shared" in sums and sums.get("num_teacher_labels"):
         rows = sums["rows_shared"] + sums["rows_unit"] + sums["rows_stop"]
         values |= {
             "loss_one_to_one": _ratio(sums["loss_shared_sum"], sums["rows_shared"]),

@@ -39,12 +39,14 @@ class TurnsEngine:
         engine: RolloutEngine,
         *,
         replies: Replies | None,
+        in_replica: Callable[[dict[int, Message | None]], dict[int, Message | None]],
         student: Reader,
         teachers: Callable[[Prompt], Sequence[Reader]],
     ) -> None:
-        """replies: None on ranks that do not ask. teachers: those that read the responses to a prompt."""
+        """replies: None on ranks that do not ask. in_replica: gives every rank of a model replica what the
+        one that asks has. teachers: those that read the responses to a prompt."""
         self._engine = engine
-        self._replies = replies
+        self._replies, self._in_replica = replies, in_replica
         self._student, self._teachers = student, teachers
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
@@ -71,11 +73,8 @@ class TurnsEngine:
         self._engine.publish(weight_version)
 
     def _ask(self, conversations: Mapping[int, list[Message]]) -> dict[int, Message | None]:
-        """The replies to the conversations of all ranks: one rank of each model replica asks."""
-        mine = {} if self._replies is None else dict(self._replies(conversations))
-        found: list[dict[int, Message | None]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(found, mine)
-        return {sample_id: reply for some in found for sample_id, reply in some.items()}
+        """The replies: one rank of each model replica asks. Collective over the replica."""
+        return self._in_replica({} if self._replies is None else dict(self._replies(conversations)))
 
     @staticmethod
     def _anyone(is_open: bool) -> bool:

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from megatron_simct.alignment import VocabPlacement
-from megatron_simct.config.options import Config, TeacherOptions
+from megatron_simct.config.options import Config, InterfaceConfig, TeacherOptions
 from megatron_simct.loading import Pair, Teacher, build_byte_order, describe_teacher, load_model
-from megatron_simct.losses import SharedColumns, SharedHead, gather_shared_head
+from megatron_simct.losses import SharedColumns, SharedHead, gather_shared_head, teacher_needs
 from megatron_simct.models.families import read_architecture
 from megatron_simct.models.head import load_head_rows, read_head
 from megatron_simct.models.hf_hashes import check_hashes
@@ -19,7 +19,6 @@ from megatron_simct.models.layout import token_multiple
 from megatron_simct.models.tensor_files import find_weights
 from megatron_simct.packing import Cut
 from megatron_simct.parallel.initialize import Groups, shared_store
-from megatron_simct.records import TeacherNeeds
 from megatron_simct.teacher.average import Average, Model
 from megatron_simct.teacher.client import Patience, TeacherClient
 from megatron_simct.teacher.colocated import ColocatedScorer
@@ -59,7 +58,10 @@ def build_teachers(
     """
     if not pair.teachers:
         return Teaching(
-            scorer=NoTeacher(), heads={name: TeacherHead(placement=of) for name, of in placements.items()}
+            scorer=NoTeacher(),
+            heads={
+                name: TeacherHead(placement=of, interface=config.interface) for name, of in placements.items()
+            },
         )
     if config.routes_rows:
         check_dense(config)
@@ -121,14 +123,16 @@ def _build_teacher(
     student: Model,
 ) -> _Built:
     """A teacher in another job, on disk, or on these ranks."""
-    needs, options = pair.needs, teacher.of
+    needs, options, interface = teacher.needs, teacher.of, teacher.interface
     flag = f"--{options.prefix}hf-checkpoint"
     softcap = describe_teacher(options.model.folder, flag=flag).final_logit_softcap
     if options.job.endpoint or config.rollout.load_debug_scored_data:
-        head = load_shared_head(config, groups, options, placement, needs)
+        head = load_shared_head(config, groups, options, placement, interface)
         return _Built(
             scorer=_build_remote(config, groups, pair, teacher),
-            head=TeacherHead(placement=placement, shared_head=head, logit_softcap=softcap),
+            head=TeacherHead(
+                placement=placement, interface=interface, shared_head=head, logit_softcap=softcap
+            ),
         )
     model = load_model(config, options.model, groups, teacher.tokenizer, prefix=options.prefix)
     scorer = ColocatedScorer(
@@ -160,7 +164,7 @@ def _build_teacher(
             raise ValueError(f"--teacher-ema: {folders} must be of one architecture and vocabulary") from None
     return _Built(
         scorer=scorer,
-        head=TeacherHead(placement=placement, shared_head=head, logit_softcap=softcap),
+        head=TeacherHead(placement=placement, interface=interface, shared_head=head, logit_softcap=softcap),
         average=average,
     )
 
@@ -223,13 +227,17 @@ def build_client(config: Config, groups: Groups, teacher: Teacher, marks: dict[s
 
 
 def load_shared_head(
-    config: Config, groups: Groups, teacher: TeacherOptions, placement: VocabPlacement, needs: TeacherNeeds
+    config: Config,
+    groups: Groups,
+    teacher: TeacherOptions,
+    placement: VocabPlacement,
+    interface: InterfaceConfig,
 ) -> SharedHead | None:
     """The head rows that this rank's columns need, straight from the teacher's checkpoint.
 
     Collective over the job.
     """
-    options, flag = teacher.model, f"--{teacher.prefix}hf-checkpoint"
+    options, flag, needs = teacher.model, f"--{teacher.prefix}hf-checkpoint", teacher_needs(interface)
     if needs.hidden_rows == "none" or needs.topk:
         return None
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
@@ -248,7 +256,7 @@ def load_shared_head(
         return gather_shared_head(shard, groups.tp_rank * len(shard), placement, groups.tp)
     if find_weights(options.folder, flag=flag) is None:
         raise ValueError(
-            f"{flag} {options.hf_checkpoint}: has no weights; --simct-interface {config.interface.interface} "
+            f"{flag} {options.hf_checkpoint}: has no weights; --simct-interface {interface.interface} "
             "needs the rows of the teacher's head that the student shares, although the teacher is another "
             "job"
         )

@@ -77,6 +77,7 @@ _IDENTITY_FLAGS = {
     "tokenizer": "--tokenizer-model and --stop-token-ids",
     "teacher_tokenizer": "--teacher-tokenizer-model and --teacher-stop-token-ids, or --teachers",
     "alignment_map": "--tokenizer-model and --teacher-tokenizer-model, or --teachers",
+    "interface": "--teachers and --simct-interface",
     "adapters": "--lora-rank, --lora-alpha, --lora-target-modules and the weights of --hf-checkpoint",
     "start": "--reference-kl-weight and the weights of --hf-checkpoint or --pretrained-checkpoint",
 }
@@ -145,6 +146,8 @@ class Checkpoints:
         self._average, self._carried_over = average, carried_over
         self._optimizer = optimizer
         self._scheduler = scheduler
+        self._validated: set[bool] = set()
+        """Whether states with and without an optimizer were found to be whole, over all ranks."""
         self._writers = dp if writes_in_parallel else None
         self._readers = dp if reads_in_parallel else None
         self._in_background = in_background
@@ -174,7 +177,9 @@ class Checkpoints:
             beside={} if self._carried_over is None else {_CARRIED_OVER: self._carried_over.state()},
             among=self._writers,
             in_background=self._in_background,
+            validated=(iteration > 0) in self._validated,
         )
+        self._validated.add(iteration > 0)
         self._saved = iteration
         if not self._in_background:
             self.finish()
@@ -581,11 +586,13 @@ class Write:
         beside: Mapping[str, bytes] = MappingProxyType({}),
         among: dist.ProcessGroup | None = None,
         in_background: bool = False,
+        validated: bool = False,
     ) -> None:
         """Write, or begin to. All methods are collective over the whole job.
 
         beside: files that the first rank writes, by name. among: ranks with equal state, each of which writes
-        a share; None: the first of them writes all.
+        a share; None: the first of them writes all. validated: a state of the same shards was written before;
+        without, every rank gets a list of all ranks' shards to check that each is written once.
         """
         self.directory, self.iteration = directory, iteration
         self._run, self._beside = run, beside
@@ -603,7 +610,12 @@ class Write:
         with self._refused(), warnings.catch_warnings(), without_crc32():
             warnings.simplefilter("ignore")
             request = dist_checkpointing.save(
-                state, str(self._temporary), strategy, async_sharded_save=in_background, **OWN_WRITER
+                state,
+                str(self._temporary),
+                strategy,
+                validate_access_integrity=not validated,
+                async_sharded_save=in_background,
+                **OWN_WRITER,
             )
             if in_background:
                 self._background = BackgroundWrite(request)
@@ -622,8 +634,8 @@ class Write:
             with self._refused():
                 self._background.finish()
         check_all_wrote(self._strategy.refused, self.directory)
-        parts: list[dict[str, FileHash]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(parts, self._strategy.hashes)
+        parts: list[dict[str, FileHash]] = [{}] * dist.get_world_size() if dist.get_rank() == 0 else []
+        dist.gather_object(self._strategy.hashes, parts or None, dst=0)
         on_first_rank(lambda: self._publish(parts), self.directory)
 
     def _make_room(self) -> None:

@@ -77,6 +77,8 @@ class TeacherHead:
 
     placement: VocabPlacement
     """The tokens that it shares with the student, on this rank's slice of the student's vocabulary."""
+    interface: InterfaceConfig
+    """How its rows are compared."""
     shared_head: SharedHead | None = None
     """On the last stage, the rows of its head that this rank's columns need, if any."""
     logit_softcap: float | None = None
@@ -94,7 +96,6 @@ class Updater:
         groups: Groups,
         *,
         teachers: Mapping[str, TeacherHead],
-        interface: InterfaceConfig,
         byte_order: ByteOrder | None = None,
         gradient_parts_interval: int = 0,
         importance_cap: float | None = None,
@@ -102,7 +103,7 @@ class Updater:
         reference: Start | None = None,
         may_miss: bool = False,
     ) -> None:
-        """teachers: by MicroBatch.teacher; without a teacher, its placement alone.
+        """teachers: by MicroBatch.teacher; without a teacher, its placement and interface alone.
 
         gradient_parts_interval: number of steps between comparisons of the gradient's parts; 0: never.
 
@@ -112,7 +113,7 @@ class Updater:
         micro-batches without a teacher.
         """
         self._gradient_parts_interval = gradient_parts_interval
-        self._may_miss = may_miss
+        self._names_differ = may_miss or len({one.interface for one in teachers.values()}) > 1
         self._check_sampling = check_sampling
         self._chunks = list(chunks)
         self._ddp = self._chunks[-1]  # on the last stage the one with the head
@@ -124,7 +125,7 @@ class Updater:
                 interface_loss,
                 shared_head=teacher.shared_head,
                 placement=teacher.placement,
-                config=interface,
+                config=teacher.interface,
                 group=groups.tp,
                 byte_order=byte_order,
                 teacher_logit_softcap=teacher.logit_softcap,
@@ -132,11 +133,12 @@ class Updater:
             )
             for name, teacher in teachers.items()
         }
-        memory = interface.loss_memory_mib
+        first = next(iter(teachers.values()))  # the student's vocabulary and the memory are the same in all
+        memory = first.interface.loss_memory_mib
         self._given_loss = partial(
             interface_loss,
             shared_head=None,
-            placement=next(iter(teachers.values())).placement,
+            placement=first.placement,
             config=InterfaceConfig(interface="sft", loss_memory_mib=memory),
             group=groups.tp,
         )
@@ -184,7 +186,7 @@ class Updater:
             widest = torch.stack(gaps).max()
             dist.all_reduce(widest, op=dist.ReduceOp.MAX, group=self._groups.dp_cp)
             own = _add(outputs)
-            if self._may_miss:
+            if self._names_differ:
                 own = _with_names_of_all_ranks(own, self._groups.dp_cp)
             sums = sum_over_ranks(own, self._groups.dp_cp) | {"rollout_gap_largest": float(widest)}
         sums = from_last_stage(sums, self._groups.pp)

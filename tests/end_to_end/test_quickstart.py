@@ -20,6 +20,7 @@ from megatron_simct.commands import evaluate, select_responses
 from megatron_simct.config.flags import parse_config
 from megatron_simct.config.options import Config
 from megatron_simct.data.prompts import read_prompts
+from megatron_simct.losses import comparisons
 from tests.printed import commands_of, same_but_for_numbers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,11 +157,22 @@ def test_the_example_of_two_teachers_names_the_one_that_knows_each_row(tmp_path)
         asked = evaluate._parser().parse_args(list(recipe.others[one.name].command[2:]))
         assert asked.data == parsed(recipe.teachers[other]).data.eval_prompt_data
         assert asked.pretrained_checkpoint == trained.output.save
+    options = two_teachers.parse(["--run-dir", str(tmp_path), "--kd", "additions"])
+    by_kd = two_teachers.Recipe(options, tmp_path)
+    assert by_kd.warm_up.digest == recipe.warm_up.digest and by_kd.distil.output != recipe.distil.output
+    assert by_kd.teachers["subtractions"].digest == recipe.teachers["subtractions"].digest
+    resolved = parsed(by_kd.distil)
+    resolved.check(data_parallel_size=1)
+    names = {one.name: comparisons(resolved)[one.name].interface for one in resolved.teachers}
+    assert names == {"additions": "kd", "subtractions": "bytes"}
+    same = next(one for one in resolved.teachers if one.name == "additions").model
+    assert same.tokenizer_model == resolved.model.tokenizer_model
+    assert same.pretrained_checkpoint == parsed(by_kd.teachers["additions"]).output.save
     options = two_teachers.parse(["--run-dir", str(tmp_path), "--own-weight", "0.7"])
     other_recipe = two_teachers.Recipe(options, tmp_path)
     assert other_recipe.warm_up.digest == recipe.warm_up.digest, "a mixture begins with the same student"
     assert other_recipe.distil.output != recipe.distil.output
-    keys |= {"need_response": False, "mixes": True}
+    keys |= {"need_response": False, "mixes": dict.fromkeys(two_teachers.KINDS)}
     mixed = read_prompts(parsed(other_recipe.distil).data.prompt_data, **keys)
     for row, (kind,) in zip(mixed, (row.teachers for row in rows), strict=True):
         assert row.teachers == pytest.approx(

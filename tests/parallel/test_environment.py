@@ -16,7 +16,14 @@ from safetensors.torch import load_file, save_file
 from examples.transcripts.calculator import reply as calculator
 from megatron_simct.alignment import Tokenizer, load_tokenizer
 from megatron_simct.config.flags import parse_config
-from megatron_simct.config.options import Config, ModelConfig, RolloutConfig, TeacherJobConfig, TeacherOptions
+from megatron_simct.config.options import (
+    Config,
+    InterfaceConfig,
+    ModelConfig,
+    RolloutConfig,
+    TeacherJobConfig,
+    TeacherOptions,
+)
 from megatron_simct.config.run_file import read_run_file
 from megatron_simct.data.prompts import Reader
 from megatron_simct.data.rendering import ChatTemplate, render_prompt
@@ -29,7 +36,7 @@ from megatron_simct.loading import Pair, Teacher
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.preflight.check import check_run
 from megatron_simct.prompt_files import Message
-from megatron_simct.records import Asked, Prompt, Rollout, TeacherNeeds
+from megatron_simct.records import Asked, Prompt, Rollout
 from megatron_simct.rollout.engine import Sampling, rollout_from_row, rollout_row
 from megatron_simct.rollout.held_out import equals_label, response_text
 from megatron_simct.rollout.turns import TurnsEngine
@@ -98,6 +105,7 @@ def _talk(
     turns = TurnsEngine(
         engine,
         replies=lambda talks: {i: as_message(calculator(messages)) for i, messages in talks.items()},
+        in_replica=lambda replies: replies,
         student=student,
         teachers=lambda prompt: teachers,
     )
@@ -229,24 +237,25 @@ def _mixed(
                 of=TeacherOptions(name=name, prefix="", model=ModelConfig(), job=TeacherJobConfig()),
                 tokenizer=tokenizer,
                 alignment_map=None,
+                interface=InterfaceConfig(interface="bytes"),
             )
             for name, tokenizer in teachers.items()
         ),
-        needs=TeacherNeeds(),
     )
     engine = Scripted(student, {0: ["calculator(12 + 7)", "19"]}, stop=318)
     config = Config(rollout=RolloutConfig(environment="module:function"))
     environment: Any = _Calculator()
-    turns = with_turns(config, pair, engine, environment, scored=True)
-    prompt = Prompt(
-        sample_id=0,
-        student_ids=student.encode(b"12 + 7?"),
-        teacher_ids=np.zeros(1, np.int32),
-        teacher="b",
-        mixture=(("b", 0.75), ("a", 0.25)),
-        asked=Asked(prompt="12 + 7?", row={}),
-    )
-    (rollout,) = turns.generate([prompt], Sampling(temperature=1.0, max_response_len=100, seed=0))
+    with process_groups(config.parallel, seed=0) as groups:
+        turns = with_turns(config, groups, pair, engine, environment, scored=True)
+        prompt = Prompt(
+            sample_id=0,
+            student_ids=student.encode(b"12 + 7?"),
+            teacher_ids=np.zeros(1, np.int32),
+            teacher="b",
+            mixture=(("b", 0.75), ("a", 0.25)),
+            asked=Asked(prompt="12 + 7?", row={}),
+        )
+        (rollout,) = turns.generate([prompt], Sampling(temperature=1.0, max_response_len=100, seed=0))
     assert rollout.transcript is not None
     found = [of_one.ids.tolist() for of_one in rollout.transcript.teachers]
     return dict(zip([name for name, _ in prompt.mixture], found, strict=True))

@@ -192,6 +192,27 @@ def test_beside_a_checkpoint_lie_its_configuration_and_versions(undisturbed) -> 
     assert written["identity"]["model"]["hidden_size"] == 32
 
 
+def _validations(rank: int, world_size: int, argv: list[str]) -> list[str]:
+    """The iterations whose shards are compared over all ranks."""
+    found: list[str] = []
+    save = checkpoint.dist_checkpointing.save
+
+    def counting(state, folder, *args, **options):
+        found.extend([Path(folder).name[:12]] * options["validate_access_integrity"])
+        return save(state, folder, *args, **options)
+
+    checkpoint.dist_checkpointing.save = counting
+    assert run(rank, world_size, argv)[0] == 0
+    return found
+
+
+def test_shards_are_compared_over_all_ranks_once_a_run(tiny, tmp_path) -> None:
+    for last, first in (("3", "iter_0000001"), ("5", "iter_0000004")):
+        argv = arguments(tiny, tmp_path, int(last), "--save-interval", "1")
+        assert run_ranks(2, _validations, argv) == [[first]] * 2
+        assert (tmp_path / "save" / TRACKER).read_text() == last
+
+
 def test_a_lower_rate_on_the_command_line_wins_over_the_checkpoint(tiny, undisturbed, tmp_path) -> None:
     flags = ("--load", str(undisturbed / "save"), "--lr", "1e-5")
     trained(tiny, tmp_path, 5, *flags)

@@ -741,7 +741,7 @@ from pathlib import Path
 while not Path("STUDENT").exists() or not Path("TEACHER").exists(): time.sleep(0.05)
 exit(3)
 """
-FILES = ("STUDENT", "TEACHER", "ASKED", "ENDED")
+FILES = ("STUDENT", "TEACHER", "ASKED", "ENDED", "DIED")
 BOTH_HEED = ("STUDENT", "TEACHER")
 
 
@@ -870,8 +870,9 @@ ENGINE = """
 import signal, sys, time
 from pathlib import Path
 signal.signal(signal.SIGTERM, lambda *_: (print("stopped"), sys.exit(0)))
-if not Path("STUDENT").exists():
+if not Path("DIED").exists():
     while not Path("STUDENT").exists(): time.sleep(0.05)
+    Path("DIED").touch()
     exit(9)
 print("again")
 Path("ENDED").touch()

@@ -93,7 +93,7 @@ SAMPLES = (
 
 
 def pack(
-    samples, scored=None, *, micro_batch_size=2, check=lambda labels: None, **options
+    samples, scored=None, *, micro_batch_size=2, check=lambda batch: None, **options
 ) -> list[MicroBatch]:
     prompts, rollouts, pairs, scores = zip(*samples, strict=True)
     scored = scores if scored is None else scored
@@ -165,7 +165,7 @@ def test_a_micro_batch_has_the_name_of_its_teacher() -> None:
     cut = partial(
         by_teacher, teachers=list("abab"), cut=partial(by_number, size=4), agree=lambda count: count
     )
-    batches = pack_micro_batches(prompts, rollouts, named, scores, cut=cut, check=lambda labels: None)
+    batches = pack_micro_batches(prompts, rollouts, named, scores, cut=cut, check=lambda batch: None)
     assert {batch.teacher: batch.sample_ids for batch in batches} == {"a": (3, 1), "b": (2, 4)}
     with pytest.raises(AssertionError, match="a micro-batch has one teacher"):
         pack(list(zip(prompts, rollouts, named, scores, strict=True)))
@@ -358,10 +358,10 @@ def test_records_in_different_orders_are_refused() -> None:
     prompts, rollouts, pairs, scores = zip(*SAMPLES, strict=True)
     with pytest.raises(AssertionError, match="in one order"):
         cut = partial(by_number, size=2)
-        pack_micro_batches(prompts, rollouts[::-1], pairs, scores, cut=cut, check=lambda labels: None)
+        pack_micro_batches(prompts, rollouts[::-1], pairs, scores, cut=cut, check=lambda batch: None)
 
 
 def test_every_micro_batch_is_checked() -> None:
     seen = []
     batches = pack(SAMPLES, check=seen.append)
-    assert [id(labels) for labels in seen] == [id(batch.labels) for batch in batches]
+    assert [id(batch) for batch in seen] == [id(batch) for batch in batches]

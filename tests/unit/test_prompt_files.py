@@ -761,7 +761,7 @@ def test_a_mixture_names_teachers(tmp_path) -> None:
     assert [row.teachers for row in read] == [{"code": 1.0}, {"code": 1.0}]
     path = write(tmp_path, {"prompt": "q", "teachers": {"maths": 1, "code": 3}})
     kept, _ = prepare(path)
-    options = {"chat": False, "teachers": ["maths", "code"], "mixes": True}
+    options = {"chat": False, "teachers": ["maths", "code"], "mixes": {"maths": 1, "code": 1}}
     (row,) = train(write(tmp_path, kept, "prepared.jsonl"), **options)
     assert list(row.teachers.items()) == [("code", 0.75), ("maths", 0.25)]
 
@@ -790,13 +790,17 @@ def test_a_mixture_names_teachers(tmp_path) -> None:
 def test_teachers_that_cannot_be_mixed_are_named(tmp_path, row, words) -> None:
     path = write(tmp_path, {"prompt": "q"} | row)
     with pytest.raises(ValueError, match=f"line 1: {words}"):
-        train(path, chat=False, teachers=["maths", "code"], mixes=True)
+        train(path, chat=False, teachers=["maths", "code"], mixes={"maths": 1, "code": 1})
 
 
 def test_only_bytes_are_mixed(tmp_path) -> None:
     path = write(tmp_path, {"prompt": "q", "teachers": {"maths": 1, "code": 1}})
     with pytest.raises(ValueError, match="line 1: several teachers .only --simct-interface bytes mixes"):
         train(path, chat=False, teachers=["maths", "code"])
+    with pytest.raises(ValueError, match="mixes teachers, not that of code; name one of them"):
+        train(path, chat=False, teachers=["maths", "code"], mixes={"maths": 1})
+    with pytest.raises(ValueError, match="--simct options of maths and code differ, and a mixture has one"):
+        train(path, chat=False, teachers=["maths", "code"], mixes={"maths": 1, "code": 2})
     path = write(tmp_path, {"prompt": "q", "teachers": {"maths": 2}})
     assert train(path, chat=False, teachers=["maths", "code"])[0].teachers == {"maths": 1.0}
 

@@ -83,6 +83,14 @@ class Config:
         return self.routing.teachers is not None
 
     @property
+    def interface_names(self) -> tuple[str, ...]:
+        """The interfaces that compare rows: that of the run, or those of the entries of --teachers."""
+        if not self.routes_rows:
+            return (self.interface.interface,)
+        own = [one.comparison.get("interface", self.interface.interface) for one in self.teachers]
+        return tuple(dict.fromkeys(own))
+
+    @property
     def samples(self) -> bool:
         """Whether the student samples the responses that it trains on."""
         return self.interface.interface != "sft" and self.data.simct_on == "sampled"
@@ -152,9 +160,12 @@ class Config:
         """Raises ValueError for options of sampling beside given responses."""
         if self.data.simct_on == "sampled":
             return
-        name, rollout = self.interface.interface, self.rollout
+        rollout = self.rollout
         against = {
-            f"--simct-interface {name}": (name in ("reward", "scalar"), "it compares sampled responses"),
+            **{
+                f"--simct-interface {name}": (name in ("reward", "scalar"), "it compares sampled responses")
+                for name in self.interface_names
+            },
             "--reward": (self.reward.reward is not None, "it judges sampled responses"),
             "--rollout-engine vllm": (rollout.rollout_engine == "vllm", "nothing is sampled"),
             "--rollout-importance-weights": (
@@ -181,7 +192,7 @@ class Config:
         against = {
             "--simct-on given": (self.data.simct_on == "given", "nothing is sampled"),
             "--simct-interface sft": (self.interface.interface == "sft", "nothing is sampled"),
-            "--simct-interface scalar": (self.interface.interface == "scalar", why),
+            "--simct-interface scalar": ("scalar" in self.interface_names, why),
             "--reward": (self.reward.reward is not None, why),
             "--reference-kl-weight": (self.terms.reference_kl_weight > 0, why),
             "--rollout-engine vllm": (rollout.rollout_engine == "vllm", why),
@@ -376,10 +387,11 @@ class Config:
         """Raises ValueError if the interface or the layout does not support importance weights."""
         if self.rollout.rollout_importance_weights is None:
             return
-        flag, name = "--rollout-importance-weights", self.interface.interface
-        if name in ("sft", "scalar"):
-            why = "trains on given responses" if name == "sft" else "already has an importance ratio"
-            raise ValueError(f"{flag}: --simct-interface {name} {why}; leave it out")
+        flag = "--rollout-importance-weights"
+        for name in self.interface_names:
+            if name in ("sft", "scalar"):
+                why = "trains on given responses" if name == "sft" else "already has an importance ratio"
+                raise ValueError(f"{flag}: --simct-interface {name} {why}; leave it out")
         if self.parallel.context_parallel_size > 1:
             raise ValueError(
                 f"{flag}: needs whole responses on a rank; leave it out, or --context-parallel-size"

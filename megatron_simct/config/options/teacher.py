@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_type_hints
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from megatron_simct.config.interfaces import METHODS
 from megatron_simct.config.options.declare import option
+from megatron_simct.config.options.loss import InterfaceConfig
 from megatron_simct.config.options.model import ModelConfig
 
 
@@ -77,7 +81,8 @@ class RoutingConfig:
         'teachers by name, in place of --teacher-hf-checkpoint: {"NAME": {"hf_checkpoint": DIR, ...}, ...}; '
         "each row of --prompt-data has the name of its teacher under 'teacher', or with interface bytes the "
         "weights of several under 'teachers'. An entry has the options of "
-        "a model (hf_checkpoint, tokenizer_model, ...), and endpoint, client_key and simct_alignment_map",
+        "a model (hf_checkpoint, tokenizer_model, ...), and endpoint, client_key and simct_alignment_map; "
+        "simct_interface and its options in an entry replace those of the run for the rows of this teacher",
         metavar="JSON",
     )
     missing_teacher: Literal["stop", "drop"] = option(
@@ -102,6 +107,8 @@ class TeacherOptions:
     """Weight in the mixture of next-byte distributions; 1 outside of mixtures."""
     alignment_map: str | None = None
     """Folder of its alignment map; None: built at the start."""
+    comparison: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    """Fields of InterfaceConfig that its entry of --teachers has in place of the run's."""
 
     @property
     def map_flag(self) -> str:
@@ -112,6 +119,8 @@ class TeacherOptions:
 _NAME = re.compile(r"[\w.-]+")
 _OF_JOB = ("endpoint", "client_key")
 _MAP = "simct_alignment_map"
+_OF_RANKS = "loss_memory_mib"
+"""The field of InterfaceConfig that is no property of a comparison."""
 
 
 def read_teachers(text: str) -> tuple[TeacherOptions, ...]:
@@ -144,15 +153,29 @@ def _read_teacher(name: str, values: Any) -> TeacherOptions:
         raise ValueError(f"{where}: expected its options by key, such as hf_checkpoint")
     kinds = get_type_hints(ModelConfig) | {key: get_type_hints(TeacherJobConfig)[key] for key in _OF_JOB}
     kinds[_MAP] = str | None
-    read = {}
+    compared = {f"simct_{key}": kind for key, kind in get_type_hints(InterfaceConfig).items()}
+    del compared[f"simct_{_OF_RANKS}"]
+    read, comparison = {}, {}
     for key, value in values.items():
-        if key not in kinds:
-            raise ValueError(f"{where}: unknown key {key!r}; it has {', '.join(kinds)}")
-        read[key] = _read_value(value, kinds[key], where=f"{where}.{key}")
+        if key in compared:
+            comparison[key.removeprefix("simct_")] = _read_value(value, compared[key], where=f"{where}.{key}")
+        elif key in kinds:
+            read[key] = _read_value(value, kinds[key], where=f"{where}.{key}")
+        else:
+            known = f"{', '.join(kinds)}, and simct_interface with its options"
+            raise ValueError(f"{where}: unknown key {key!r}; it has {known}")
     model = ModelConfig(**{key: value for key, value in read.items() if key not in (*_OF_JOB, _MAP)})
-    for one in fields(ModelConfig):
-        if one.metadata["range"] is not None:
-            one.metadata["range"].check(f"{where}.{one.name}", getattr(model, one.name))
+    interface = InterfaceConfig(**comparison)
+    for group, prefix in ((model, ""), (interface, "simct_")):
+        for one in fields(group):
+            value = getattr(group, one.name)
+            if one.metadata["range"] is not None and value is not None:
+                one.metadata["range"].check(f"{where}.{prefix}{one.name}", value)
+    if not METHODS[interface.method().interface].teacher:
+        raise ValueError(
+            f"{where}.simct_interface {interface.interface}: uses no teacher; choose an interface that "
+            "compares with one"
+        )
     if not model.hf_checkpoint:
         raise ValueError(f"{where}: hf_checkpoint is missing, the teacher's Hugging Face folder")
     return TeacherOptions(
@@ -161,17 +184,24 @@ def _read_teacher(name: str, values: Any) -> TeacherOptions:
         model=model,
         job=TeacherJobConfig(**{key: read[key] for key in _OF_JOB if key in read}),
         alignment_map=read.get(_MAP),
+        comparison=comparison,
     )
 
 
 def _read_value(value: Any, kind: Any, *, where: str) -> Any:
-    """A value of JSON as one of this type: `str | None`, `int`, or a tuple."""
+    """A value of JSON as one of this type: `str | None`, `int`, a Literal, or a tuple."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"{where}: {value!r} is none of {', '.join(map(str, get_args(kind)))}")
+        return value
     inner = [a for a in get_args(kind) if a not in (type(None), Ellipsis)] or [kind]
     many = getattr(kind, "__origin__", None) is tuple
     if many and not isinstance(value, list):
         raise ValueError(f"{where}: {value!r} is not a list; write [{json.dumps(value)}]")
     if isinstance(value, dict):  # arguments of a chat template
         value = json.dumps(value, ensure_ascii=False)
+    if inner[0] is float and type(value) is int:
+        value = float(value)
     for item in value if many else [value]:
         if type(item) is not inner[0] and not (item is None and type(None) in get_args(kind)):
             raise ValueError(f"{where}: {item!r} is not a value of type {inner[0].__name__}")
