@@ -282,7 +282,7 @@ class _Pass:
     first: int
     """The row of the first of them; the others follow."""
     shape: tuple[int, ...]
-    """Of hidden states between stages, without H."""
+    """Shape of the hidden states between stages, without H."""
     forward: Callable[[int, torch.Tensor | None], torch.Tensor]
     """The index of a stage of this rank, and the hidden states of the stage before -> those of this one; of
     the last stage the input of the LM head, a row for each sequence."""
