@@ -168,7 +168,7 @@ def build_job(config: Config, groups: Groups) -> Job:
         config,
         groups,
         context_parallel_size=config.teacher_context_parallel_size,
-        agrees=not config.routes_rows,
+        agrees=not config.names_teachers,
     )
     teaching = build_teachers(config, groups, pair, placements, teacher_cut, model)
     reference = build_reference(config, groups, student)
@@ -203,7 +203,7 @@ def build_job(config: Config, groups: Groups) -> Job:
         batch_size=config.global_batch_size,
         sampled=config.samples,
         start=start,
-        teachers=[name for name in pair.by_name if name],
+        teachers=list(pair.by_name) if config.routes_rows else [],
         writers=open_writers(config.output, to_dict(config), start=start) if groups.is_first_rank else (),
     )
     sampler: RolloutEngine = MegatronEngine(

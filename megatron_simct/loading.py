@@ -67,15 +67,12 @@ class Pair:
     student: Tokenizer
     teachers: tuple[Teacher, ...]
     """Empty for an interface without a teacher. Several teachers have names, and each scores the rows that
-    name it; or they have none, and are mixed byte by byte."""
+    name it."""
 
     @property
     def by_name(self) -> dict[str, Teacher]:
-        """The teachers by Prompt.teacher; of a mixture the first one."""
-        found: dict[str, Teacher] = {}
-        for teacher in self.teachers:
-            found.setdefault(teacher.of.name, teacher)
-        return found
+        """The teachers by Prompt.teacher."""
+        return {teacher.of.name: teacher for teacher in self.teachers}
 
 
 def open_pair(

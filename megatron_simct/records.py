@@ -166,6 +166,8 @@ class Transcript:
     """Empty if nothing is compared."""
     counts: dict[str, int] = field(default_factory=dict)
     """turns, bytes_of_turns and bytes_masked_<reason> (data/transcripts.py)."""
+    readers: str = ""
+    """Fingerprint of the tokenizers and templates of all models; of responses that an environment answers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,6 +217,8 @@ class Rollout:
     """open: the response is not finished; only `rollout` handles such responses."""
     transcript: Transcript | None = None
     """With several responses: where they lie in student_ids, and the same in the teachers' tokens."""
+    turn: int = 0
+    """Which of several responses it is, if it is one of them."""
 
     @property
     def label_ids(self) -> np.ndarray:

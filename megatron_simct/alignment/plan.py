@@ -40,8 +40,8 @@ def plan_pair(
 ) -> AlignedPair:
     """Retokenizes the response for the teacher, cuts both into minimal units, classifies and weights these.
 
-    interface: decides which segments are joined, and their weights; random choices depend only on its seed
-    and on the sample's id.
+    interface: decides which segments are joined, and their weights; random choices depend only on its seed,
+    on the sample's id and on the turn.
 
     The teacher's side ends in its stop token if and only if the student stopped. Counts of the result, all
     additive:
@@ -190,7 +190,7 @@ def _pair(
     matches_are_shared = needs.segmentation == "authors"
     kinds = _kinds(alignment, teacher_ids, rollout.student_ids, None if matches_are_shared else alignment_map)
     weights = np.ones(kinds.size, np.float32)
-    random = np.random.default_rng([interface.interface_seed, rollout.sample_id])
+    random = np.random.default_rng([interface.interface_seed, rollout.sample_id, rollout.turn])
     if interface.random_units is not None:
         alignment, kinds, weights = _joined_at_random(alignment, kinds, interface.random_units, random)
     weights *= _weights(alignment, kinds, data, interface, random)

@@ -38,7 +38,7 @@ def plan_turns(
     if transcript is None:
         return plan(prompt, rollout)
     pairs = []
-    for start, end in transcript.student.spans.tolist():
+    for turn, (start, end) in enumerate(transcript.student.spans.tolist()):
         ids = rollout.student_ids[start:end]
         response = replace(
             rollout,
@@ -46,6 +46,7 @@ def plan_turns(
             logprobs=np.zeros(len(ids), np.float32),
             finish="stop" if int(ids[-1]) in student.stop_ids else "length",
             transcript=None,
+            turn=turn,
         )
         pairs.append(plan(prompt, response))
     sizes = [end - start for start, end in transcript.student.spans.tolist()]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from megatron_simct.alignment import Tokenizer
-from megatron_simct.config.options import Config
+from megatron_simct.config.options import ENVIRONMENT_WORKERS, Config
 from megatron_simct.data.prompts import Reader
 from megatron_simct.engine_client import EngineClient
 from megatron_simct.evaluation.environment import Environment
@@ -27,9 +27,6 @@ from megatron_simct.rollout.engine import GivenResponses, ReplayEngine, RolloutE
 from megatron_simct.rollout.turns import TurnsEngine
 from megatron_simct.rollout.vllm_engine import VllmEngine
 from megatron_simct.teacher.forward import TeacherForward, own_tokens
-
-ENVIRONMENT_WORKERS = 4
-"""Processes of each model replica that call the function of --environment."""
 
 
 def build_environment(config: Config, groups: Groups) -> Environment | None:
@@ -93,7 +90,12 @@ def build_engine(config: Config, groups: Groups, sampler: RolloutEngine, student
     save_dir, load_dir = config.rollout.save_debug_rollout_data, config.rollout.load_debug_rollout_data
     if (save_dir or load_dir) and not config.rollout.rollout_oversample:  # it records by itself
         engine = ReplayEngine(
-            engine, save_dir=save_dir, load_dir=load_dir, dp_rank=groups.dp_rank, writes=groups.writes_samples
+            engine,
+            save_dir=save_dir,
+            load_dir=load_dir,
+            dp_rank=groups.dp_rank,
+            writes=groups.writes_samples,
+            readers_of=sampler.readers_of if isinstance(sampler, TurnsEngine) else None,
         )
     return engine
 

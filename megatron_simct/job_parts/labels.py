@@ -50,15 +50,6 @@ def _build_plan(config: Config, pair: Pair) -> Callable[[Prompt, Rollout], Align
     student = pair.student
     if not pair.teachers:
         return partial(plan_without_teacher, student=student, needs=teacher_needs(config.interface))
-    if len(pair.by_name) < len(pair.teachers):
-        first = pair.teachers[0]
-        return partial(
-            plan_mixture,
-            student=student,
-            teachers=[teacher.tokenizer for teacher in pair.teachers],
-            needs=first.needs,
-            interface=first.interface,
-        )
 
     def align(prompt: Prompt, rollout: Rollout) -> AlignedPair:
         teacher = pair.by_name[prompt.teacher]
@@ -133,8 +124,8 @@ def build_packing(
         context=context,
         entries=entries,
     )
-    cut = build_cut(config, groups, context_parallel_size=groups.cp_size, agrees=not config.routes_rows)
-    if not config.routes_rows:
+    cut = build_cut(config, groups, context_parallel_size=groups.cp_size, agrees=not config.names_teachers)
+    if not config.names_teachers:
         return partial(pack, cut=cut)
     agree = build_agreement(config, groups)
 

@@ -25,9 +25,9 @@ from megatron_simct.rollout.oversampling import Oversampling
 
 
 def read_training_rows(config: Config) -> list[Row]:
-    """The rows of --prompt-data."""
+    """The rows of --prompt-data, with their teachers if these have names."""
     assert config.data.prompt_data is not None, "check() refuses a job without --prompt-data"
-    return read_prompts(
+    rows = read_prompts(
         config.data.prompt_data,
         flag="--prompt-data",
         input_key=config.data.input_key,
@@ -37,10 +37,12 @@ def read_training_rows(config: Config) -> list[Row]:
         need_response=config.interface.interface == "sft" and config.data.simct_on == "sampled",
         need_label=False,
         keep_fields=config.keeps_fields,
-        teachers=[teacher.name for teacher in config.teachers if teacher.name],
+        teachers=[teacher.name for teacher in config.teachers] if config.routes_rows else (),
         mixes=mixable(config),
         transcripts=config.data.simct_on == "given",
     )
+    of_all = config.mixture_of_all_rows
+    return [replace(row, teachers=of_all) for row in rows] if of_all else rows
 
 
 def with_prompt_date(config: Config) -> Config:
@@ -71,8 +73,8 @@ def build_prompts(
         dp_size=groups.dp_size,
         flag="--prompt-data",
         student_chat=open_chat_template(config, config.model, pair.student, prefix=""),
-        teachers=() if config.routes_rows else reads,
-        named_teachers=dict(zip(pair.by_name, reads, strict=True)) if config.routes_rows else {},
+        teachers=() if config.names_teachers else reads,
+        named_teachers=dict(zip(pair.by_name, reads, strict=True)) if config.names_teachers else {},
         max_response_len=config.rollout.rollout_max_response_len,
         divide=divide,
     )

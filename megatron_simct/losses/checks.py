@@ -148,9 +148,9 @@ def _comparison_with(run: InterfaceConfig, own: Mapping[str, Any]) -> InterfaceC
 
 
 def comparisons(config: Config) -> dict[str, InterfaceConfig]:
-    """How rows are compared, by the name of their teacher in --teachers; without it, by an empty name."""
+    """How rows are compared, by the name of their teacher; an empty name if it has none."""
     if not config.routes_rows:
-        return {"": config.interface}
+        return {one.name: config.interface for one in config.teachers}
     return {one.name: _comparison_with(config.interface, one.comparison) for one in config.teachers}
 
 
@@ -163,7 +163,7 @@ def check_comparisons(config: Config) -> None:
             if config.output.gradient_parts_interval:
                 check_has_units(interface, flag="--gradient-parts-interval")
         except ValueError as error:
-            raise ValueError(f"--teachers {name}: {error}" if name else str(error)) from None
+            raise ValueError(f"--teachers {name}: {error}" if config.routes_rows else str(error)) from None
     for one in fields(InterfaceConfig):
         value = getattr(config.interface, one.name)
         if value != one.default and all(getattr(of, one.name) != value for of in of_teachers.values()):

@@ -24,7 +24,7 @@ from megatron_simct.preflight.options import check_options
 from megatron_simct.preflight.plans import check_fit, plan_student, plan_teacher
 from megatron_simct.preflight.prompts import check_prompts
 from megatron_simct.preflight.proposals import propose_batch_and_layout, propose_stages
-from megatron_simct.preflight.report import Report
+from megatron_simct.preflight.report import Numbers, Report
 from megatron_simct.preflight.state import Compared, State
 
 
@@ -55,11 +55,12 @@ def check_run(run: RunFile, *, device_memory_gib: float | None = None, bias: boo
     if student is None or len(teachers) < len(sides) or (state.needs_teacher and not sides):
         return Report(findings=findings)
     rows = check_prompts(state, student, teachers)
-    compared, measured = [], None
+    compared, biases = [], []
     for side in teachers:
         begin = len(findings)
         one, measured = _compare(state, student, side, rows, bias=bias)
         compared.append(one)
+        biases.append(measured)
         if state.config.routes_rows:
             findings[begin:] = [replace(found, side=side.name) for found in findings[begin:]]
     findings += check_lengths(state, student, compared)
@@ -72,14 +73,16 @@ def check_run(run: RunFile, *, device_memory_gib: float | None = None, bias: boo
         )
         findings.append(failed("teacher", "weights", said, flag="--teacher-ema"))
     plans = _check_memory(state, student, compared)
-    traffic = [check_traffic(state, one) for one in compared]
-    only = None if state.config.routes_rows or not compared else compared[0]
+    numbers = {
+        one.options.name: Numbers(traffic=check_traffic(state, one), coverage=one.coverage, bias=measured)
+        for one, measured in zip(compared, biases, strict=True)
+    }
+    by_teacher = state.config.routes_rows
     return Report(
         findings=findings,
         plans=plans,
-        traffic=traffic[0] if only is not None else None,
-        coverage=only.coverage if only is not None else None,
-        bias=measured if only is not None else None,
+        numbers=Numbers() if by_teacher else next(iter(numbers.values()), Numbers()),
+        teachers=numbers if by_teacher else {},
         prompts=_show_prompt(student, teachers, rows) if rows else {},
     )
 

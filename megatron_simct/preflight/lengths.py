@@ -29,7 +29,9 @@ def check_lengths(state: State, student: pair.Side, compared: Sequence[Compared]
         limit = None if job is None else job[1].serving.max_tokens_per_batch
         if limit is not None and sum(lengths.values()) > limit:
             message = f"--max-tokens-per-batch {limit}: {sum(lengths.values()):,} tokens would be refused"
-            findings.append(failed(one.side.name if one.options.name else "teacher", "context", message))
+            findings.append(
+                failed(one.side.name if state.config.routes_rows else "teacher", "context", message)
+            )
     return findings
 
 
@@ -62,7 +64,7 @@ def check_traffic(state: State, one: Compared) -> Traffic:
         f"at most {size_text(traffic.requests)} to the teacher and {size_text(traffic.answers)} back a "
         f"step; full logits would be {size_text(traffic.logits)}"
     )
-    state.findings.append(passed(one.options.name or "pair", "traffic", said))
+    state.findings.append(passed(one.options.name if config.routes_rows else "pair", "traffic", said))
     return traffic
 
 

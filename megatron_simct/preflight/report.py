@@ -14,15 +14,32 @@ from megatron_simct.preflight.traffic import Traffic
 
 
 @dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """What was measured of one teacher. Parts that could not be measured are missing."""
+
+    traffic: Traffic | None = None
+    coverage: Coverage | None = None
+    bias: Bias | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "traffic_bytes": None if self.traffic is None else dataclasses.asdict(self.traffic),
+            "coverage": None if self.coverage is None else self.coverage.as_json(),
+            "bias_nats_a_word": None if self.bias is None else self.bias.as_json(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """The findings, and the numbers behind them. Parts that could not be checked are missing."""
 
     findings: list[Finding]
     plans: dict[str, MemoryPlan] = field(default_factory=dict)
     """Job -> plan."""
-    traffic: Traffic | None = None
-    coverage: Coverage | None = None
-    bias: Bias | None = None
+    numbers: Numbers = field(default_factory=Numbers)
+    """The numbers of the only teacher, or of the first one of a mixture."""
+    teachers: dict[str, Numbers] = field(default_factory=dict)
+    """The same of each of --teachers, by name."""
     prompts: dict[str, str] = field(default_factory=dict)
     """The first prompt, as each side reads it."""
 
@@ -44,8 +61,7 @@ class Report:
                 }
                 for job, plan in self.plans.items()
             },
-            "traffic_bytes": None if self.traffic is None else dataclasses.asdict(self.traffic),
-            "coverage": None if self.coverage is None else self.coverage.as_json(),
-            "bias_nats_a_word": None if self.bias is None else self.bias.as_json(),
+            **self.numbers.as_json(),
+            "teachers": {name: of.as_json() for name, of in self.teachers.items()},
             "prompts": self.prompts,
         }

@@ -159,9 +159,18 @@ class ReplayEngine:
     """
 
     def __init__(
-        self, engine: RolloutEngine, *, save_dir: str | None, load_dir: str | None, dp_rank: int, writes: bool
+        self,
+        engine: RolloutEngine,
+        *,
+        save_dir: str | None,
+        load_dir: str | None,
+        dp_rank: int,
+        writes: bool,
+        readers_of: Callable[[Prompt], str] | None = None,
     ) -> None:
+        """readers_of: with an environment, the Transcript.readers of responses to a prompt."""
         self._engine = engine
+        self._readers_of = readers_of
         self._save_dir = Path(save_dir) if save_dir else None
         self._load_dir = Path(load_dir) if load_dir else None
         self._dp_rank = dp_rank
@@ -209,8 +218,16 @@ class ReplayEngine:
         return [self._of_this_run(rollouts[prompt.sample_id], prompt) for prompt in prompts]
 
     def _of_this_run(self, rollout: Rollout, prompt: Prompt) -> Rollout:
-        """With --simct-on given, teachers of the run that wrote the file may have had other tokens."""
+        """With --simct-on given, teachers of the run that wrote the file may have had other tokens; with an
+        environment such a file is refused, for its replies are in their tokens."""
         if prompt.transcript is None:
+            written = rollout.transcript.readers if rollout.transcript is not None else ""
+            if self._readers_of is not None and written != self._readers_of(prompt):
+                raise ValueError(
+                    f"--load-debug-rollout-data {self._load_dir}: step {self._step}: sample "
+                    f"{rollout.sample_id} was written without --environment, or with other tokenizers or "
+                    "chat templates of the student or its teacher; use those, or sample again"
+                )
             return rollout
         if not np.array_equal(rollout.student_ids, prompt.transcript.student.ids):
             raise ValueError(
@@ -246,6 +263,7 @@ def _transcript_row(transcript: Transcript) -> dict[str, Any]:
         "spans": transcript.student.spans.tolist(),
         "teachers": [{"ids": t.ids.tolist(), "spans": t.spans.tolist()} for t in transcript.teachers],
         "counts": dict(transcript.counts),
+        "readers": transcript.readers,
     }
 
 
@@ -257,6 +275,7 @@ def _transcript_from_row(row: dict[str, Any], student_ids: np.ndarray) -> Transc
         student=turns(student_ids, row["spans"]),
         teachers=tuple(turns(np.asarray(t["ids"], np.int32), t["spans"]) for t in row["teachers"]),
         counts={str(name): int(count) for name, count in row["counts"].items()},
+        readers=str(row.get("readers", "")),
     )
 
 

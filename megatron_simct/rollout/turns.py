@@ -10,6 +10,8 @@ token by token; the replies have no loss.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -71,6 +73,10 @@ class TurnsEngine:
 
     def publish(self, weight_version: int) -> None:
         self._engine.publish(weight_version)
+
+    def readers_of(self, prompt: Prompt) -> str:
+        """The fingerprint that the responses to this prompt have: Transcript.readers."""
+        return _fingerprint([self._student, *self._teachers(prompt)])
 
     def _ask(self, conversations: Mapping[int, list[Message]]) -> dict[int, Message | None]:
         """The replies: one rank of each model replica asks. Collective over the replica."""
@@ -247,8 +253,21 @@ class _Talk:
                 student=turns,
                 teachers=tuple(side.turns() for side in self.teachers),
                 counts={"turns": len(turns.spans), "bytes_between": len(spelled) - self.num_bytes},
+                readers=_fingerprint([side.reader for side in (self.student, *self.teachers)]),
             ),
         )
+
+
+def _fingerprint(readers: Sequence[Reader]) -> str:
+    """The same for equal tokenizers and templates, which write what stands between two responses."""
+    parts = [
+        (
+            tokenizer.table.fingerprint,
+            None if chat is None else [chat.source, dict(chat.special_tokens), dict(chat.arguments)],
+        )
+        for tokenizer, chat in readers
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _messages(prompt: str | Sequence[Mapping[str, object]]) -> list[Message]:

@@ -25,7 +25,6 @@ from megatron_simct.teacher.colocated import ColocatedScorer
 from megatron_simct.teacher.endpoints import CLIENT_KEY, endpoint_folder
 from megatron_simct.teacher.fingerprints import fingerprints
 from megatron_simct.teacher.lookout import Lookout
-from megatron_simct.teacher.mixture import MixtureScorer
 from megatron_simct.teacher.remote import RemoteScorer
 from megatron_simct.teacher.routing import RoutedScorer
 from megatron_simct.teacher.scorer import NoTeacher, TeacherScorer
@@ -56,6 +55,8 @@ def build_teachers(
     """placements: of each teacher by its name. cut: how a teacher on these ranks cuts pairs into
     micro-batches. student: the model that a teacher with --teacher-ema follows.
     """
+    if config.routes_rows:
+        check_dense(config)
     if not pair.teachers:
         return Teaching(
             scorer=NoTeacher(),
@@ -63,31 +64,24 @@ def build_teachers(
                 name: TeacherHead(placement=of, interface=config.interface) for name, of in placements.items()
             },
         )
-    if config.routes_rows:
-        check_dense(config)
-        built = {
-            name: _build_teacher(config, groups, pair, teacher, placements[name], cut, student)
-            for name, teacher in pair.by_name.items()
-        }
-        return Teaching(
-            scorer=RoutedScorer({name: one.scorer for name, one in built.items()}, groups),
-            heads={name: one.head for name, one in built.items()},
-        )
-    first, *others = pair.teachers
-    built_first = _build_teacher(config, groups, pair, first, placements[""], cut, student)
-    scorer = built_first.scorer
+    built = {
+        name: _build_teacher(config, groups, pair, teacher, placements[name], cut, student)
+        for name, teacher in pair.by_name.items()
+    }
+    heads = {name: one.head for name, one in built.items()}
+    scorers = {name: one.scorer for name, one in built.items()}
+    if config.names_teachers:
+        return Teaching(scorer=RoutedScorer(scorers, groups), heads=heads)
+    (scorer,) = scorers.values()
     kept = {
         "--save-debug-scored-data": config.rollout.save_debug_scored_data,
         "--teacher-cache": config.teacher_job.cache,
     }
     for flag, folder in kept.items():
         if folder is not None:
-            store = AnswerStore(folder, teacher_fingerprints(config, pair, first), flag=flag)
+            store = AnswerStore(folder, teacher_fingerprints(config, pair, pair.teachers[0]), flag=flag)
             scorer = SavingScorer(scorer, store, writes=groups.owns_teacher_socket)
-    if others:
-        scorers = [scorer, *(_build_remote(config, groups, pair, teacher) for teacher in others)]
-        scorer = MixtureScorer(scorers, [teacher.of.weight for teacher in pair.teachers], groups)
-    return Teaching(scorer=scorer, heads={"": built_first.head}, average=built_first.average)
+    return Teaching(scorer=scorer, heads=heads, average=built[""].average)
 
 
 def check_dense(config: Config) -> None:
@@ -181,14 +175,12 @@ def head_rows(model: Model, placement: VocabPlacement, groups: Groups) -> Shared
 def _build_remote(config: Config, groups: Groups, pair: Pair, teacher: Teacher) -> RemoteScorer:
     """A teacher in another job, behind answers on disk if there are any; or these answers alone."""
     marks = teacher_fingerprints(config, pair, teacher)
-    store = None
-    if teacher is pair.teachers[0]:
-        stored = config.rollout.load_debug_scored_data
-        folder, flag = (
-            (stored, "--load-debug-scored-data") if stored else (config.teacher_job.cache, "--teacher-cache")
-        )
-        # On every rank, or the others would wait for the one that finds answers of another teacher.
-        store = None if folder is None else AnswerStore(folder, marks, flag=flag)
+    stored = config.rollout.load_debug_scored_data
+    folder, flag = (
+        (stored, "--load-debug-scored-data") if stored else (config.teacher_job.cache, "--teacher-cache")
+    )
+    # On every rank, or the others would wait for the one that finds answers of another teacher.
+    store = None if folder is None else AnswerStore(folder, marks, flag=flag)
     client: TeacherClient | StoredClient | None = None
     if groups.owns_teacher_socket:
         asked = build_client(config, groups, teacher, marks) if teacher.of.job.endpoint else None

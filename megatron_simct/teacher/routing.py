@@ -1,4 +1,7 @@
-"""Several teachers, each for the rows of --prompt-data that name it, alone or in a mixture (mixture.py)."""
+"""Several teachers, each for the rows of --prompt-data that name it, alone or in a mixture.
+
+A mixture is of distributions over the next byte, whatever the tokenizers are (losses/kinds/bytes.py).
+"""
 
 from __future__ import annotations
 

@@ -15,6 +15,8 @@ import pytest
 from examples.hints import run as hints
 from examples.quickstart import run as quickstart
 from examples.stages import Stage
+from examples.transcripts import calculator
+from examples.transcripts import run as transcripts
 from examples.two_teachers import run as two_teachers
 from megatron_simct.commands import evaluate, select_responses
 from megatron_simct.config.flags import parse_config
@@ -205,6 +207,40 @@ def test_the_example_of_hints_is_a_chain_whose_teacher_reads_the_solution(tmp_pa
     assert not {row.prompt for row in held_out} & {row.prompt for row in rows}
     warm = read_prompts(trained.data.prompt_data, need_response=True, need_label=False, **keys)
     assert sum("Solution" in row.prompt for row in warm) == len(warm) / 2
+
+
+def test_the_example_of_a_calculator_is_a_chain_whose_student_asks_it(tmp_path) -> None:
+    teacher, warm_up, distil = transcripts.stages(transcripts.parse(["--run-dir", str(tmp_path)]), tmp_path)
+    trained, warm, taught = (
+        parse_config(list(stage.command[stage.command.index("megatron_simct.train") + 1 :]))
+        for stage in (teacher, warm_up, distil)
+    )
+    assert taught.model.pretrained_checkpoint == warm.output.save
+    assert taught.teacher.pretrained_checkpoint == trained.output.save
+    assert (taught.model.folder, taught.teacher.folder) == (warm.model.folder, trained.model.folder)
+    vocabularies = [
+        set(json.loads(Path(folder, "tokenizer.json").read_text())["model"]["vocab"])
+        for folder in (taught.model.folder, taught.teacher.folder)
+    ]
+    assert vocabularies[0] < vocabularies[1], "the student cuts words into more tokens"
+    assert set(distil.needs) == {teacher, warm_up}
+    rows = [json.loads(line) for line in Path(trained.data.prompt_data).read_text().splitlines()]
+    problems = [json.loads(line) for line in Path(taught.data.prompt_data).read_text().splitlines()]
+    held_out = Path(taught.data.eval_prompt_data).read_text()
+    for row, problem in zip(rows[:50], problems, strict=False):
+        asked, call, reply, answer = row["messages"]
+        assert problem == {"messages": [asked], "label": answer["content"]}
+        assert calculator.reply([asked, call]) == reply["content"] and reply["content"] in answer["content"]
+        assert calculator.reply([asked, call, reply, answer]) is None
+        assert asked["content"] not in held_out
+
+
+def test_the_example_of_a_calculator_runs(tmp_path) -> None:
+    """Two steps of each stage: real torchrun, two ranks."""
+    command = [sys.executable, "examples/transcripts/run.py", "--smoke", "--run-dir", str(tmp_path / "run")]
+    assert "│ 2     │" in _run(command, ROOT)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert list(summary["greedy"]) == list(summary["sampled"]) == ["0", "2"]
 
 
 @needs_tokenizers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -457,6 +458,14 @@ def test_a_resumed_run_and_a_replayed_one_equal_an_undisturbed_one(files: Path, 
     assert all("masked_blank" not in row for row in steps)
     _train(module / "replayed", files, 4, "--load-debug-rollout-data", kept)
     assert metrics(module / "replayed") == metrics(module / "once")
+    # With another template of the teacher the replies would be in other tokens.
+    other = module / "other-teacher"
+    shutil.copytree(files / "teacher", other)
+    template = (other / "chat_template.jinja").read_text()
+    (other / "chat_template.jinja").write_text(template.replace("[assistant]", "[model]"))
+    flags = ("--load-debug-rollout-data", kept, "--teacher-hf-checkpoint", str(other))
+    ((code, _, error),) = run_ranks(1, run, command_line(files, *flags, "--rollout-batch-size", "4"))
+    assert code == 1 and "or with other tokenizers or chat templates of the student or its teacher" in error
 
 
 @pytest.mark.parametrize(
@@ -470,6 +479,11 @@ def test_a_resumed_run_and_a_replayed_one_equal_an_undisturbed_one(files: Path, 
         (("--environment", "a:b", "--simct-on", "given"), "--environment: not with --simct-on given"),
         (("--environment", "a:b", "--reference-kl-weight", "1"), "not with --reference-kl-weight"),
         (("--environment-timeout-seconds", "1"), "--environment-timeout-seconds needs --environment"),
+        (
+            ("--environment", "a:b", "--environment-timeout-seconds", "300"),
+            "--environment-timeout-seconds 300: a turn of 8 conversations in 4 processes may wait 600 "
+            "seconds, and other ranks wait 10 minutes; lower it or --rollout-wave-size, or raise",
+        ),
     ],
 )
 def test_what_has_no_meaning_is_refused(files: Path, flags: tuple[str, ...], words: str) -> None:

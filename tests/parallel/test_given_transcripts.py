@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_simct.config.flags import parse_config
 from megatron_simct.config.run_file import read_run_file
 from megatron_simct.job import build_job
 from megatron_simct.launch.commands import command_of
@@ -193,6 +194,50 @@ def test_every_layout_takes_the_same_step(files: Path, interface: str) -> None:
     for ranks, layout in LAYOUTS:
         for found, norm, _ in run_ranks(ranks, _step, files, *flags, *layout):
             assert found == pytest.approx(sums, rel=1e-5), layout
+            assert norm == pytest.approx(grad_norm, rel=1e-5), layout
+
+
+def _routed_step(rank: int, world_size: int, argv: list[str]) -> tuple[dict[str, float], float]:
+    resolved = parse_config(argv)
+    with process_groups(resolved.parallel, seed=1) as groups:
+        job = build_job(resolved, groups)
+        report = job.updater.step(micro_batches(job, *given_samples(job)))
+        return {name: value for name, value in report.sums.items() if "loss" in name}, report.grad_norm
+
+
+def test_teachers_of_their_rows_read_transcripts(files: Path, tmp_path: Path) -> None:
+    """Each row's teacher scores all its answers, by its own interface: those of a run on its rows alone."""
+    entries = {
+        "other": {"hf_checkpoint": str(files / "teacher"), "make_vocab_size_divisible_by": 4},
+        "same": {"hf_checkpoint": str(files / "student"), "make_vocab_size_divisible_by": 8},
+    }
+    rows = [json.loads(line) for line in (files / "rows.jsonl").read_text().splitlines()]
+    names = ["other" if number % 2 else "same" for number in range(len(rows))]
+
+    def argv(entries: dict[str, Any], rows: list[Any], *flags: str) -> list[str]:
+        path = tmp_path / f"{'-'.join(entries)}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        given = command_line(files, "--prompt-data", str(path), "--teachers", json.dumps(entries))
+        for flag in ("--teacher-hf-checkpoint", "--teacher-make-vocab-size-divisible-by"):
+            at = given.index(flag)
+            del given[at : at + 2]
+        return [*given, "--rollout-batch-size", str(len(rows)), *flags]
+
+    of_rows = [row | {"teacher": name} for row, name in zip(rows, names, strict=True)]
+    entries["same"]["simct_interface"] = "alm"
+    both = argv(entries, of_rows, "--simct-interface", "bytes")
+    ((sums, grad_norm),) = run_ranks(1, _routed_step, both)
+    assert sums["loss"] == pytest.approx(sums["loss/other"] + sums["loss/same"], rel=1e-6)
+    for name, interface in (("other", "bytes"), ("same", "alm")):
+        its_rows = [row for row, of in zip(rows, names, strict=True) if of == name]
+        entry = {key: value for key, value in entries[name].items() if key != "simct_interface"}
+        alone = argv({name: entry}, its_rows, "--simct-interface", interface)
+        ((found, _),) = run_ranks(1, _routed_step, alone)
+        assert sums[f"loss/{name}"] == pytest.approx(found["loss"], rel=1e-5, abs=1e-5)
+    assert sums["loss/other"] > 1
+    for ranks, layout in LAYOUTS[2:6]:
+        for found, norm in run_ranks(ranks, _routed_step, [*both, *layout]):
+            assert found == pytest.approx(sums, rel=1e-5, abs=1e-5), layout
             assert norm == pytest.approx(grad_norm, rel=1e-5), layout
 
 

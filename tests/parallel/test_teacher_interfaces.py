@@ -36,7 +36,7 @@ from tests.oracles import bytes as oracle
 from tests.runs import assert_same_run, metrics, run
 from tests.steps import scores_of
 from tests.teacher_jobs import TeacherJob
-from tests.tiny import command_line
+from tests.tiny import routed
 
 pytest.importorskip("transformers")
 
@@ -75,19 +75,6 @@ def teachers(tiny, tmp_path_factory) -> dict[str, Any]:
         },
         "other": {"hf_checkpoint": str(other)},
     }
-
-
-def command(files: Path, rows: Path, teachers: dict[str, Any], *flags: str) -> list[str]:
-    """The command line of the tiny job with these teachers in place of its own, of 8 rows a step."""
-    argv = command_line(files, *("--prompt-data", str(rows), "--teachers", json.dumps(teachers)), *flags)
-    for flag in (
-        "--teacher-hf-checkpoint",
-        "--teacher-tokenizer-model",
-        "--teacher-make-vocab-size-divisible-by",
-    ):
-        at = argv.index(flag)
-        del argv[at : at + 2]
-    return argv
 
 
 def _step(rank: int, world_size: int, argv: list[str], with_oracle: bool) -> tuple[Any, ...]:
@@ -174,7 +161,7 @@ SGD = (
 
 @pytest.fixture(scope="module")
 def argv(tiny, weights, rows, teachers) -> list[str]:
-    return command(tiny, rows, teachers, *weights[:2], "--simct-interface", "bytes", *SGD)
+    return routed(tiny, rows, teachers, *weights[:2], "--simct-interface", "bytes", *SGD)
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +218,7 @@ def other_needs(teachers) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def with_other_needs(tiny, weights, rows, other_needs) -> tuple[Any, ...]:
-    return run_ranks(1, _step, command(tiny, rows, other_needs, *weights[:2], *SGD), False)[0]
+    return run_ranks(1, _step, routed(tiny, rows, other_needs, *weights[:2], *SGD), False)[0]
 
 
 @pytest.mark.parametrize("name", ["same", "other"])
@@ -242,7 +229,7 @@ def test_each_teachers_rows_have_the_loss_that_they_have_alone(
     entry = {key: value for key, value in teachers[name].items() if not key.startswith("simct_")}
     flags = ["--simct-interface", other_needs[name]["simct_interface"]]
     flags += ["--simct-teacher-topk", "8"] if name == "other" else []
-    argv = command(tiny, rows, teachers | {name: entry}, *weights[:2], *flags, *SGD)
+    argv = routed(tiny, rows, teachers | {name: entry}, *weights[:2], *flags, *SGD)
     its, *_ = run_ranks(1, _step, argv, False)[0]
     assert its[f"loss/{name}"] == pytest.approx(with_other_needs[0][f"loss/{name}"], rel=1e-6)
     assert its[f"loss/{name}"] > 1
@@ -250,7 +237,7 @@ def test_each_teachers_rows_have_the_loss_that_they_have_alone(
 
 @pytest.mark.parametrize("layout", ["TP2", "PP2", "DP2"])
 def test_every_layout_with_other_needs(tiny, weights, rows, other_needs, with_other_needs, layout) -> None:
-    argv = command(tiny, rows, other_needs, *weights[:2], *SGD)
+    argv = routed(tiny, rows, other_needs, *weights[:2], *SGD)
     _same_in(layout, argv, *with_other_needs[:2])
 
 
@@ -268,7 +255,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(tiny, weights, rows, teachers, 
     terms = ("--given-share", "0.25", "--reference-kl-weight", "0.1", "--simct-interface", "bytes")
 
     def argv(changed: dict[str, Any]) -> list[str]:
-        return command(tiny, rows, changed, *weights[:2], *terms)
+        return routed(tiny, rows, changed, *weights[:2], *terms)
 
     code, out, error = _train(tmp_path / "once", argv(teachers), 4)
     assert code == 0, error
@@ -300,7 +287,7 @@ def test_ranks_of_different_interfaces_train_together(tiny, weights, rows, teach
         row["teacher"] = "other" if number % 2 else "same"
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in content))
-    argv = command(tiny, path, teachers, *weights[:2], "--simct-interface", "bytes", "--no-rollout-shuffle")
+    argv = routed(tiny, path, teachers, *weights[:2], "--simct-interface", "bytes", "--no-rollout-shuffle")
     code, _, error = _train(tmp_path, argv, 2, ranks=2)
     assert code == 0, error
     steps = [row for row in metrics(tmp_path) if row["kind"] == "step"]
@@ -314,7 +301,7 @@ def test_ranks_of_different_interfaces_train_together(tiny, weights, rows, teach
 
 def _resolved(files: Path, one: dict[str, Any], *flags: str, two: dict[str, Any] | None = None) -> Config:
     of = {"one": {"hf_checkpoint": "/one"} | one, "two": {"hf_checkpoint": "/two"} | (two or {})}
-    resolved = parse_config(command(files, files / "train.jsonl", of, *flags))
+    resolved = parse_config(routed(files, files / "train.jsonl", of, *flags))
     resolved.check(data_parallel_size=1)
     check_comparisons(resolved)
     return resolved
@@ -406,7 +393,7 @@ def test_rows_do_not_mix_what_is_compared_in_other_ways(tiny, weights, rows, tea
     }
     for changes, expected, words in places.values():
         entry = {key: value for key, value in teachers["same"].items() if not key.startswith("simct_")}
-        argv = command(tiny, path, teachers | {"same": entry | changes}, *weights[:2])
+        argv = routed(tiny, path, teachers | {"same": entry | changes}, *weights[:2])
         argv += ["--simct-interface", "bytes", "--train-iters", "1"]
         ((code, _, error),) = run_ranks(1, run, argv)
         assert code == expected and words in error, error
@@ -415,7 +402,7 @@ def test_rows_do_not_mix_what_is_compared_in_other_ways(tiny, weights, rows, tea
 
 def test_tokenizers_that_kd_cannot_compare_are_named(tiny, weights, rows, teachers) -> None:
     changed = teachers | {"other": teachers["other"] | {"simct_interface": "kd"}}
-    ((code, _, error),) = run_ranks(1, run, command(tiny, rows, changed, *weights[:2]))
+    ((code, _, error),) = run_ranks(1, run, routed(tiny, rows, changed, *weights[:2]))
     assert code == 1 and "--teachers other: tokenizers " in error and "are not the same" in error
 
 

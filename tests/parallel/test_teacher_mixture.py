@@ -4,6 +4,7 @@ those of the oracle.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,6 +17,7 @@ import torch
 import megatron_simct.teacher.build
 from megatron_simct.alignment.continuations import END
 from megatron_simct.alignment.cut_rules import with_continuations
+from megatron_simct.config.flags import parse_config
 from megatron_simct.job import build_job
 from megatron_simct.job_parts.prompts import build_prompts, read_training_rows
 from megatron_simct.loading import open_model, open_pair, open_tokenizer
@@ -30,7 +32,7 @@ from tests.oracles.bytes import Side, mixture_loss
 from tests.runs import run
 from tests.steps import train_and_record
 from tests.teacher_jobs import TeacherJob
-from tests.tiny import command_line, config
+from tests.tiny import command_line, config, routed
 
 pytest.importorskip("transformers")
 
@@ -200,6 +202,46 @@ def test_two_jobs_are_the_mixture_of_the_oracle(
         for sums, grad_norm in run_ranks(student[0], _run, tiny, *flags, "--simct-byte-bounds", "any"):
             assert sums["loss"] == pytest.approx(expected[2], rel=1e-5) and expected[2] > 1
             assert grad_norm > 0.01 and sums["bytes_teacher_unresolved_sum"] > 0
+
+
+def _run_of(rank: int, world_size: int, argv: list[str]) -> tuple[dict[str, float], float]:
+    resolved = parse_config(argv)
+    with process_groups(resolved.parallel, seed=resolved.training.seed) as groups:
+        (report,) = train_and_record(build_job(resolved, groups))
+    return report.sums, report.grad_norm
+
+
+def test_the_flags_are_a_short_form_of_teachers(tiny, weights, second, rollouts, tmp_path) -> None:
+    """The same numbers as of two entries of --teachers and their weights in every row."""
+    of_second = ("--teacher-hf-checkpoint", str(second), "--teacher-tokenizer-model", str(second))
+    of = dict(zip(weights[::2], weights[1::2], strict=True))
+    entries = {
+        "one": {
+            "hf_checkpoint": str(tiny / "teacher"),
+            "tokenizer_model": str(tiny / "teacher.tiktoken"),
+            "make_vocab_size_divisible_by": 4,
+            "pretrained_checkpoint": of["--teacher-pretrained-checkpoint"],
+            "endpoint": [str(tmp_path / "1")],
+        },
+        "two": {"hf_checkpoint": str(second), "endpoint": [str(tmp_path / "2")]},
+    }
+    content = [json.loads(line) for line in (tiny / "train.jsonl").read_text().splitlines()]
+    path = tmp_path / "rows.jsonl"
+    by_row = {"teachers": {"one": 1 - WEIGHT, "two": WEIGHT}}
+    path.write_text("".join(json.dumps(row | by_row) + "\n" for row in content))
+    common = ("--simct-interface", "bytes", "--load-debug-rollout-data", str(rollouts))
+    common += ("--train-iters", "1", "--rollout-batch-size", "4", "--clip-grad", "0")
+    student = ("--pretrained-checkpoint", of["--pretrained-checkpoint"])
+    with (
+        TeacherJob(tiny, weights, tmp_path / "1", "--teacher-hidden-dtype", "fp32"),
+        TeacherJob(tiny, (), tmp_path / "2", "--teacher-hidden-dtype", "fp32", *of_second),
+    ):
+        flags = _flags(weights, second, rollouts, *_endpoints(tmp_path))
+        ((short, short_norm),) = run_ranks(1, _run, tiny, *flags)
+        ((sums, norm),) = run_ranks(1, _run_of, routed(tiny, path, entries, *student, *common))
+    for name in ("loss", "num_labels", "teacher_nll_sum", "byte_positions"):
+        assert short[name] == pytest.approx(sums[name], rel=1e-6) and short[name] > 1, name
+    assert short_norm == pytest.approx(norm, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ from tests.oracles import bytes as oracle
 from tests.runs import assert_same_run, metrics, run
 from tests.steps import scores_of, train_and_record
 from tests.teacher_jobs import TeacherJob
-from tests.tiny import command_line
+from tests.tiny import command_line, routed
 
 pytest.importorskip("transformers")
 
@@ -80,19 +80,6 @@ def of_start(weights: tuple[str, ...]) -> str:
 def of_teacher(weights: tuple[str, ...]) -> str:
     """The checkpoint of the tiny teacher's weights."""
     return dict(zip(weights[::2], weights[1::2], strict=True))["--teacher-pretrained-checkpoint"]
-
-
-def routed(files: Path, rows: Path, teachers: dict[str, Any], *flags: str) -> list[str]:
-    """The command line of the tiny job with these teachers in place of its own, of 8 rows a step."""
-    argv = command_line(files, *("--prompt-data", str(rows), "--teachers", json.dumps(teachers)), *flags)
-    for flag in (
-        "--teacher-hf-checkpoint",
-        "--teacher-tokenizer-model",
-        "--teacher-make-vocab-size-divisible-by",
-    ):
-        at = argv.index(flag)
-        del argv[at : at + 2]
-    return argv
 
 
 # One tokenizer and two models, by hand

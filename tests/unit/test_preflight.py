@@ -922,6 +922,11 @@ def test_each_of_several_teachers_is_checked_on_its_rows(folder) -> None:
         checks = {f.check for f in report.findings if f.side == name}
         assert checks >= {"tokenizer", "shared vocabulary", "coverage", "interface", "context", "traffic"}
     assert report.plans.keys() == {"student", "maths"}
+    numbers = report.as_json()["teachers"]
+    assert numbers.keys() == {"maths", "here"} and report.as_json()["coverage"] is None
+    for of in numbers.values():
+        assert of["traffic_bytes"]["answers"] > 0 and of["coverage"]["bytes"] > 0
+    assert numbers["maths"]["coverage"]["bytes"] == 3 * numbers["here"]["coverage"]["bytes"]
     alone = check_run(read_run_file(str(write_run(folder, both(colocated))))).plans["student"]
     assert report.plans["student"].held["teacher weights"] == alone.held["teacher weights"] > 0
 
@@ -1168,7 +1173,7 @@ def test_likeliest_tokens_come_in_place_of_hidden_states(folder) -> None:
         for topk in (1, 9, 0)
     }
     assert all("teacher head" not in report.plans["student"].held for report in reports.values())
-    few, more, all_tokens = (report.traffic.answers for report in reports.values())
+    few, more, all_tokens = (report.numbers.traffic.answers for report in reports.values())
     assert (all_tokens - few) / (more - few) == (340 - 1) / (9 - 1), "the teacher has 340 tokens"
 
 

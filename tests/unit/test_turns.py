@@ -154,6 +154,29 @@ def test_segments_rows_and_weights_are_shifted(tokenizers: list[Tokenizer]) -> N
         plan_turns(plan, student.table, PROMPT, rollout_of(given.student.ids, wrong))
 
 
+def test_each_response_draws_units_of_its_own(tokenizers: list[Tokenizer]) -> None:
+    student, teacher, _ = tokenizers
+    plan = partial(
+        plan_pair,
+        student=student,
+        teacher=teacher,
+        alignment_map=build_alignment_map(student, teacher),
+        needs=TeacherNeeds(),
+        interface=InterfaceConfig(drop_units=0.5),
+    )
+    given = Transcript(student=turns_of(student), teachers=(turns_of(teacher),))
+    joined = plan_turns(plan, student.table, PROMPT, rollout_of(given.student.ids, given))
+    apart = [
+        plan(PROMPT, replace(rollout_of(given.student.ids[start:end]), turn=turn))
+        for turn, (start, end) in enumerate(given.student.spans.tolist())
+    ]
+    assert joined.weights.tolist() == [weight for pair in apart for weight in pair.weights.tolist()]
+    start, end = max(given.student.spans.tolist(), key=lambda span: span[1] - span[0])
+    text = rollout_of(given.student.ids[start:end])
+    drawn = {tuple(plan(PROMPT, replace(text, turn=turn)).weights.tolist()) for turn in range(8)}
+    assert len(drawn) > 1
+
+
 def test_without_a_teacher_the_bytes_of_all_responses_are_counted(tokenizers: list[Tokenizer]) -> None:
     student = tokenizers[0]
     needs = TeacherNeeds(teacher=False, hidden_rows="none")

@@ -22,8 +22,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import psutil
-
 from tools.benchmark import real_inputs
 
 SIDES = {"gemma2": "gemma", "qwen2.5": "qwen2_5"}
@@ -46,7 +44,7 @@ def main() -> None:
         return measure(Path(arguments.folder))
     with tempfile.TemporaryDirectory() as folder:
         write_inputs(Path(folder), arguments.prompts)
-        print(f"{'ranks':>5}  {'what':14}{'divided':9}{'CPU s':>8}{'wall s':>8}{'MiB a rank':>12}")
+        print(f"{'ranks':>5}  {'what':14}{'divided':9}{'CPU s':>8}{'wall s':>8}")
         for ranks in arguments.ranks:
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
             command = [*torchrun, str(ranks), __file__, "--folder", folder]
@@ -119,18 +117,16 @@ def measure(folder: Path) -> None:
     for make in (prompts, continuations):
         for divide in (undivided, Node.of_this_rank().divided):
             dist.barrier()
-            cpu, wall, memory = cpu_s(), time.perf_counter(), private_mib()
-            kept = make(divide)
-            mine = [cpu_s() - cpu, time.perf_counter() - wall, private_mib() - memory]
+            cpu, wall = cpu_s(), time.perf_counter()
+            make(divide)
+            mine = [cpu_s() - cpu, time.perf_counter() - wall]
             every: list[list[float]] = [[] for _ in range(dist.get_world_size())]
             dist.all_gather_object(every, mine)
-            del kept
             if dist.get_rank() == 0:
-                cpus, walls, sizes = zip(*every, strict=True)
+                cpus, walls = zip(*every, strict=True)
                 divided = "no" if divide is undivided else "yes"
                 print(
-                    f"{len(every):5}  {make.__name__:14}{divided:9}{sum(cpus):8.1f}{max(walls):8.1f}"
-                    f"{sum(sizes) / len(sizes):12.1f}",
+                    f"{len(every):5}  {make.__name__:14}{divided:9}{sum(cpus):8.1f}{max(walls):8.1f}",
                     flush=True,
                 )
     dist.destroy_process_group()
@@ -139,10 +135,6 @@ def measure(folder: Path) -> None:
 def cpu_s() -> float:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
-
-
-def private_mib() -> float:
-    return float(psutil.Process().memory_full_info().uss / 2**20)
 
 
 if __name__ == "__main__":

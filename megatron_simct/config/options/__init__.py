@@ -12,7 +12,12 @@ from megatron_simct.config.options.loss import Divergence, InterfaceConfig, Term
 from megatron_simct.config.options.model import AttentionBackend, ModelConfig
 from megatron_simct.config.options.output import OutputConfig
 from megatron_simct.config.options.parallel import ParallelConfig
-from megatron_simct.config.options.rollout import GRADED_REWARDS, RewardConfig, RolloutConfig
+from megatron_simct.config.options.rollout import (
+    ENVIRONMENT_WORKERS,
+    GRADED_REWARDS,
+    RewardConfig,
+    RolloutConfig,
+)
 from megatron_simct.config.options.student_job import Config
 from megatron_simct.config.options.teacher import (
     MixtureConfig,
@@ -29,6 +34,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "Divergence",
+    "ENVIRONMENT_WORKERS",
     "EngineTeacherConfig",
     "EvaluationConfig",
     "GRADED_REWARDS",

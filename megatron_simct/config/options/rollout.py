@@ -8,6 +8,9 @@ from typing import Literal
 from megatron_simct.config.options.declare import option
 from megatron_simct.config.options.evaluation import Benchmark
 
+ENVIRONMENT_WORKERS = 4
+"""Processes of each model replica that call the function of --environment."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:

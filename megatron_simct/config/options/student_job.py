@@ -14,7 +14,12 @@ from megatron_simct.config.options.loss import InterfaceConfig, TermsConfig
 from megatron_simct.config.options.model import ModelConfig, check_attention
 from megatron_simct.config.options.output import OutputConfig
 from megatron_simct.config.options.parallel import ParallelConfig
-from megatron_simct.config.options.rollout import GRADED_REWARDS, RewardConfig, RolloutConfig
+from megatron_simct.config.options.rollout import (
+    ENVIRONMENT_WORKERS,
+    GRADED_REWARDS,
+    RewardConfig,
+    RolloutConfig,
+)
 from megatron_simct.config.options.teacher import (
     MixtureConfig,
     RoutingConfig,
@@ -57,23 +62,22 @@ class Config:
 
     @property
     def teachers(self) -> tuple[TeacherOptions, ...]:
-        """All teachers, whether or not the interface uses one: those of --teachers, or the one or two of the
-        other flags. Raises ValueError if --teachers is not what it should be."""
+        """All teachers, whether or not the interface uses one: those of --teachers; the one of the other
+        flags, without a name; or that and a second one, which get names. Raises ValueError if --teachers is
+        not what it should be."""
         if self.routing.teachers is not None:
             return read_teachers(self.routing.teachers)
-        share = self.mixture.weight if self.mixes_teachers else 0.0
         first = TeacherOptions(
-            name="",
+            name="first" if self.mixes_teachers else "",
             prefix="teacher-",
             model=self.teacher,
             job=self.teacher_job,
-            weight=1 - share,
             alignment_map=self.data.simct_alignment_map,
         )
         if not self.mixes_teachers:
             return (first,)
         second = TeacherOptions(
-            name="", prefix="second-teacher-", model=self.second_teacher, job=self.mixture, weight=share
+            name="second", prefix="second-teacher-", model=self.second_teacher, job=self.mixture
         )
         return (first, second)
 
@@ -81,6 +85,20 @@ class Config:
     def routes_rows(self) -> bool:
         """Whether each row has a teacher of its own choice: --teachers."""
         return self.routing.teachers is not None
+
+    @property
+    def names_teachers(self) -> bool:
+        """Whether teachers have names, by which rows have one of them or a mixture: those of --teachers, and
+        the two of which every row has the same mixture."""
+        return self.routes_rows or self.mixes_teachers
+
+    @property
+    def mixture_of_all_rows(self) -> dict[str, float]:
+        """With a second teacher, the weights of both in every row, by name; else nothing."""
+        if not self.mixes_teachers:
+            return {}
+        first, second = self.teachers
+        return {first.name: 1 - self.mixture.weight, second.name: self.mixture.weight}
 
     @property
     def interface_names(self) -> tuple[str, ...]:
@@ -142,7 +160,7 @@ class Config:
         self._check_average()
         self._check_templates()
         self._check_given()
-        self._check_environment()
+        self._check_environment(data_parallel_size)
 
     def _check_batch(self, data_parallel_size: int) -> None:
         """Raises ValueError for a batch size that is not that of the rollouts, or that cannot be divided."""
@@ -179,7 +197,7 @@ class Config:
             if given:
                 raise ValueError(f"--simct-on given: not with {flag}: {why}; leave one of them out")
 
-    def _check_environment(self) -> None:
+    def _check_environment(self, data_parallel_size: int) -> None:
         """Raises ValueError for an environment without sampled responses, or beside parts that read one."""
         rollout = self.rollout
         if rollout.environment is None:
@@ -201,6 +219,18 @@ class Config:
         for flag, (given, reason) in against.items():
             if given:
                 raise ValueError(f"--environment: not with {flag}: {reason}; leave one of them out")
+        # A rank waits for the replies of a turn while another one asks for those of its conversations.
+        asked = self.sampled_prompts * rollout.n_samples_per_prompt // data_parallel_size
+        asked = min(asked, rollout.rollout_wave_size or asked)
+        longest = math.ceil(asked / ENVIRONMENT_WORKERS) * rollout.environment_timeout_seconds
+        limit = self.parallel.distributed_timeout_minutes
+        if longest >= 60 * limit:
+            raise ValueError(
+                f"--environment-timeout-seconds {rollout.environment_timeout_seconds:g}: a turn of {asked} "
+                f"conversations in {ENVIRONMENT_WORKERS} processes may wait {longest:g} seconds, and other "
+                f"ranks wait {limit} minutes; lower it or --rollout-wave-size, or raise "
+                "--distributed-timeout-minutes"
+            )
 
     def _check_required(self) -> None:
         """Raises ValueError if an option is missing that every run needs."""

@@ -97,14 +97,12 @@ class TeacherOptions:
     """The options of one teacher, whichever flags have given them."""
 
     name: str
-    """Its name in --teachers; empty for a teacher of other flags."""
+    """Its name in --teachers, or of one of two teachers; empty for the only teacher of other flags."""
     prefix: str
     """Prefix of its flags, for errors: "teacher-", "second-teacher-" or "teachers NAME."."""
     model: ModelConfig
     job: TeacherJobConfig | MixtureConfig
     """Where the teacher's job is; without an endpoint the teacher is on the student's ranks."""
-    weight: float = 1.0
-    """Weight in the mixture of next-byte distributions; 1 outside of mixtures."""
     alignment_map: str | None = None
     """Folder of its alignment map; None: built at the start."""
     comparison: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -113,7 +111,8 @@ class TeacherOptions:
     @property
     def map_flag(self) -> str:
         """The flag of its alignment map."""
-        return f"--{self.prefix}simct-alignment-map" if self.name else "--simct-alignment-map"
+        routed = self.prefix.startswith("teachers ")
+        return f"--{self.prefix}simct-alignment-map" if routed else "--simct-alignment-map"
 
 
 _NAME = re.compile(r"[\w.-]+")
