@@ -29,6 +29,18 @@ STRING = Kind("a string", lambda value: isinstance(value, str))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 
 
+def object_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads(object_pairs_hook=...), which would take the last of two entries with one key. Raises
+    ValueError for such an object.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} occurs twice in one object")
+    return found
+
+
 def integer(least: int) -> Kind:
     """Integers that are at least `least`."""
     return Kind(

@@ -18,6 +18,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from megatron_simct.json_fields import object_of_pairs
+
 CONVERSATION_KEYS = ("messages", "conversations", "conversation")
 """Keys of a conversation, read if a row has no prompt."""
 
@@ -129,21 +131,12 @@ def _read_text(path: Path, name: str) -> str:
 def _parsed(text: str, name: str, hint: str, *, line: int) -> Any:
     """The JSON value of a text that starts at this line of the file."""
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return json.loads(text, object_pairs_hook=object_of_pairs)
     except json.JSONDecodeError as error:
         where = f"{name}, line {line + error.lineno - 1}"
         raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}); {hint}") from None
     except (ValueError, RecursionError) as error:  # too many digits, too deep, a key that stands twice
         raise ValueError(f"{name}, line {line}: {error}") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} occurs twice in one object")
-    return found
 
 
 def _table_rows(path: Path, kind: str, name: str) -> Iterable[tuple[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,19 @@ def routed(files: Path, rows: Path, teachers: dict[str, Any], *flags: str) -> li
         at = argv.index(flag)
         del argv[at : at + 2]
     return argv
+
+
+def rows_of_teachers(files: Path, path: Path, names: Sequence[str]) -> Path:
+    """The tiny job's rows, with the teachers `names` in turn and responses of many lengths; half of the rows
+    have a prompt for the teacher alone. Written to `path`, which is returned."""
+    rows: list[dict[str, Any]] = [
+        json.loads(line) for line in (files / "train.jsonl").read_text().splitlines()
+    ]
+    for number, row in enumerate(rows):
+        row |= {"response": row["response"] + " Tom" * (number % 4), "teacher": names[number % len(names)]}
+        row |= {"teacher_suffix": f" {row['label']}"} if number % 2 else {}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def config(folder: Path, *flags: str) -> Config:

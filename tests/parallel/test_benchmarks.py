@@ -1,4 +1,6 @@
-"""tools/benchmark at the smallest sizes: each runs to its end. No figure of time is looked at."""
+"""tools/benchmark at the smallest sizes: what needs no published files runs to its end. No figure of time is
+looked at.
+"""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ from tests.oracles import bytes as oracle
 from tests.runs import assert_same_run, metrics, run
 from tests.steps import scores_of
 from tests.teacher_jobs import TeacherJob
-from tests.tiny import routed
+from tests.tiny import routed, rows_of_teachers
 
 pytest.importorskip("transformers")
 
@@ -47,14 +47,7 @@ TEACHERS = ("same", "other", "same", "same", "same", "other", "same", "same")
 
 @pytest.fixture(scope="module")
 def rows(tiny, tmp_path_factory) -> Path:
-    """Responses of many lengths; half of the rows have a prompt for the teacher alone."""
-    content = [json.loads(line) for line in (tiny / "train.jsonl").read_text().splitlines()]
-    for number, row in enumerate(content):
-        row |= {"response": row["response"] + " Tom" * (number % 4), "teacher": TEACHERS[number % 8]}
-        row |= {"teacher_suffix": f" {row['label']}"} if number % 2 else {}
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in content))
-    return path
+    return rows_of_teachers(tiny, tmp_path_factory.mktemp("rows") / "rows.jsonl", TEACHERS)
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ from tests.oracles import bytes as oracle
 from tests.runs import assert_same_run, metrics, run
 from tests.steps import scores_of, train_and_record
 from tests.teacher_jobs import TeacherJob
-from tests.tiny import command_line, routed
+from tests.tiny import command_line, routed, rows_of_teachers
 
 pytest.importorskip("transformers")
 
@@ -53,14 +53,7 @@ TEACHERS = ("one", "two", "one", "one", "one", "two", "one", "one")
 
 @pytest.fixture(scope="module")
 def rows(tiny, tmp_path_factory) -> Path:
-    """Responses of many lengths; half of the rows have a prompt for the teacher alone."""
-    rows = [json.loads(line) for line in (tiny / "train.jsonl").read_text().splitlines()]
-    for number, row in enumerate(rows):
-        row |= {"response": row["response"] + " Tom" * (number % 4), "teacher": TEACHERS[number % 8]}
-        row |= {"teacher_suffix": f" {row['label']}"} if number % 2 else {}
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return rows_of_teachers(tiny, tmp_path_factory.mktemp("rows") / "rows.jsonl", TEACHERS)
 
 
 @pytest.fixture(scope="module")
@@ -619,7 +612,7 @@ def _single(files: Path, *flags: str) -> list[str]:
         (
             '{"a": {"hf_checkpoint": "/a"}, "a": {"hf_checkpoint": "/b"}}',
             (),
-            "--teachers: not JSON .'a' stands twice",
+            "--teachers: not JSON .the key 'a' occurs twice",
         ),
         (
             '{"a": {"hf_checkpoint": "/a", "endpoint": ["/jobs/a"]}}',

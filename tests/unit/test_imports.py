@@ -15,12 +15,12 @@ ALLOWED = {
     # Every other part may import these.
     "records": "",
     "files": "",
-    "prompt_files": "",
+    "prompt_files": "json_fields",
     "ownership": "files",
     "json_fields": "",
     "engine_client": "",
     "stopping": "",
-    "config": "",
+    "config": "json_fields",
     "parallel": "config ownership stopping",
     # The hops.
     "alignment": "config files json_fields records",

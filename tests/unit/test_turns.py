@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -156,25 +157,30 @@ def test_segments_rows_and_weights_are_shifted(tokenizers: list[Tokenizer]) -> N
 
 def test_each_response_draws_units_of_its_own(tokenizers: list[Tokenizer]) -> None:
     student, teacher, _ = tokenizers
-    plan = partial(
-        plan_pair,
-        student=student,
-        teacher=teacher,
-        alignment_map=build_alignment_map(student, teacher),
-        needs=TeacherNeeds(),
-        interface=InterfaceConfig(drop_units=0.5),
-    )
+    alignment_map = build_alignment_map(student, teacher)
     given = Transcript(student=turns_of(student), teachers=(turns_of(teacher),))
-    joined = plan_turns(plan, student.table, PROMPT, rollout_of(given.student.ids, given))
-    apart = [
-        plan(PROMPT, replace(rollout_of(given.student.ids[start:end]), turn=turn))
-        for turn, (start, end) in enumerate(given.student.spans.tolist())
-    ]
-    assert joined.weights.tolist() == [weight for pair in apart for weight in pair.weights.tolist()]
-    start, end = max(given.student.spans.tolist(), key=lambda span: span[1] - span[0])
-    text = rollout_of(given.student.ids[start:end])
-    drawn = {tuple(plan(PROMPT, replace(text, turn=turn)).weights.tolist()) for turn in range(8)}
-    assert len(drawn) > 1
+    spans = given.student.spans.tolist()
+    differ = 0
+    for seed in range(8):
+        plan = partial(
+            plan_pair,
+            student=student,
+            teacher=teacher,
+            alignment_map=alignment_map,
+            needs=TeacherNeeds(),
+            interface=InterfaceConfig(drop_units=0.5, interface_seed=seed),
+        )
+
+        def weights(turns: Sequence[int], plan: Callable[..., AlignedPair] = plan) -> list[float]:
+            """Those of all responses, planned alone as these turns."""
+            responses = [rollout_of(given.student.ids[start:end]) for start, end in spans]
+            pairs = [plan(PROMPT, replace(one, turn=k)) for one, k in zip(responses, turns, strict=True)]
+            return [weight for pair in pairs for weight in pair.weights.tolist()]
+
+        joined = plan_turns(plan, student.table, PROMPT, rollout_of(given.student.ids, given))
+        assert joined.weights.tolist() == weights(range(len(spans)))
+        differ += joined.weights.tolist() != weights([0] * len(spans))
+    assert differ, "the draws of all responses are those of the first"
 
 
 def test_without_a_teacher_the_bytes_of_all_responses_are_counted(tokenizers: list[Tokenizer]) -> None:

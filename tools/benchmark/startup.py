@@ -6,8 +6,7 @@ dividing them among the ranks.
 Texts are problems of mathematics and code, numbered so that none is equal to another, under the chat
 templates and tokenizers of two published models (real_inputs.py; they are fetched where they are missing).
 Loading the tokenizers is not measured, since every process needs them. CPU seconds are those of all ranks and
-of the processes that render their templates; they hardly depend on other load. MiB are the memory of a rank
-that it shares with no other process, less that before.
+of the processes that render their templates; they hardly depend on other load.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from megatron_simct.config.interfaces import METHODS
 from megatron_simct.config.options.declare import option
 from megatron_simct.config.options.loss import InterfaceConfig
 from megatron_simct.config.options.model import ModelConfig
+from megatron_simct.json_fields import object_of_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,21 +126,12 @@ _OF_RANKS = "loss_memory_mib"
 def read_teachers(text: str) -> tuple[TeacherOptions, ...]:
     """The teachers of --teachers, in its order. Raises ValueError, naming the teacher and the key."""
     try:
-        entries = json.loads(text, object_pairs_hook=_object)
+        entries = json.loads(text, object_pairs_hook=object_of_pairs)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"--teachers: not JSON ({error})") from None
     if not isinstance(entries, dict) or not entries:
         raise ValueError('--teachers: expected teachers by name: {"NAME": {"hf_checkpoint": DIR}, ...}')
     return tuple(_read_teacher(name, values) for name, values in entries.items())
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """json.loads would take the last one of two entries with one name."""
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{name!r} stands twice in one object")
-    return dict(pairs)
 
 
 def _read_teacher(name: str, values: Any) -> TeacherOptions:
