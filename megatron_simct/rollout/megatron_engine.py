@@ -66,7 +66,7 @@ class MegatronEngine:
         """vocab_size: without padding. batch_size: most sequences that are decoded at a time, but at least
         one for each pipeline stage; it bounds the KV cache.
 
-        progress: called after each token with the numbers of finished and of all responses of a call.
+        progress: called before each pass with the numbers of finished and of all responses of a call.
         before_reading_weights: brings the weights up to date. stepping: None: the default of the device.
         """
         self._model = model
