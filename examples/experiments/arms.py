@@ -15,10 +15,10 @@ SAME = "same-tokenizer-teacher"
 class Arms(Recipe):
     """One pair of tokenizers. Training of teachers and warm-up stop on the validation problems."""
 
-    def __init__(self, options: argparse.Namespace, folder: Path, words: str) -> None:
-        """`words`: a key of problems.WORDS."""
+    def __init__(self, options: argparse.Namespace, folder: Path, words: str, teacher_iters: int) -> None:
+        """`words`: a key of problems.WORDS. `teacher_iters`: most steps of a teacher's training."""
         training, validation, self._judged = write_problems(folder, words)
-        super().__init__(options, folder, problems=(training, validation))
+        super().__init__(options, folder, problems=(training, validation), teacher_iters=teacher_iters)
         self._sides[SAME] = self._sides["student"]
         self._write_architecture(SAME, self._sides[SAME], INITIALIZER_RANGE["teacher"], ARCHITECTURE)
         self.same = self._teacher(SAME)

@@ -155,11 +155,11 @@ def _untold(done: Sequence[Run]) -> str:
     settings: list[Setting] = [run.setting for run in done]
     grid = settings[0].options["grid"]
     lines = ["What this cannot tell:", ""]
-    tried = {arm: {run.setting for run in done if run.interface == arm} for arm in ARMS}
-    absent = [arm for arm in ARMS if not tried[arm]]
+    tried = {run.interface for run in done}
+    absent = [arm for arm in ARMS if arm not in tried]
     if absent:
         lines.append(f"* Nothing of {_list(absent)}: no run.")
-    open_rate = [arm for arm in ARMS if tried[arm] and best_rate(settings[0], arm) is None]
+    open_rate = [arm for arm in ARMS if arm in tried and best_rate(settings[0], arm) is None]
     if open_rate:
         lines.append(f"* The best rate of {_list(open_rate)}: not all three rates have run.")
     ends = [arm for arm in ARMS if best_rate(settings[0], arm) in (min(RATES), max(RATES))]
@@ -180,7 +180,11 @@ def _untold(done: Sequence[Run]) -> str:
         lines.append(
             f"* The order of arms with missing runs: {len(missing)} of this pair's runs are not done."
         )
-    lines.append("* What other tasks, models, or a teacher of another kind give.")
+    lines += [
+        "* What a better teacher gives: this one stopped at .95 of the validation problems, or after its last step below that.",
+        "* What `sft` gives without a check of the teacher's answers: it has only right ones, the others have no such help.",
+        "* What other tasks and models give.",
+    ]
     return "\n".join(lines)
 
 

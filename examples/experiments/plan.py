@@ -124,7 +124,7 @@ GRIDS = {
 
 def _grid_setting(grid: str, name: str, seeds: int, warm_start: int, **options: Any) -> Setting:
     title, of_pair = GRIDS[grid]
-    common = TOY | {"grid": grid, "eval_samples": 2, "warm_start_seed": warm_start}
+    common = TOY | {"grid": grid, "eval_samples": 2, "teacher_iters": 1600, "warm_start_seed": warm_start}
     return Setting(
         part="e",
         name=name,

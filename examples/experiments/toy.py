@@ -34,7 +34,7 @@ class Toy:
             [*flags, "--seed", str(options["warm_start_seed"]), "--run-dir", str(self._folder)]
         )
         self._recipe = (
-            Arms(parsed, self._folder, options["words"])
+            Arms(parsed, self._folder, options["words"], options["teacher_iters"])
             if setting.part == "e"
             else quickstart.Recipe(parsed, self._folder)
         )

@@ -69,8 +69,12 @@ class Recipe:
         *,
         architecture: Mapping[str, object] = ARCHITECTURE,
         problems: tuple[Path, Path] | None = None,
+        teacher_iters: int = 800,
     ) -> None:
-        """`problems`: the files of training and of held-out problems, if not the task's."""
+        """`problems`: the files of training and of held-out problems, if not the task's. `teacher_iters`:
+        most steps of a teacher's training.
+        """
+        self._teacher_iters = teacher_iters
         self._options = options
         self._folder = folder
         teacher, student = sides(options.pair, options.direction, folder / "tokenizers")
@@ -114,7 +118,7 @@ class Recipe:
         """Supervised training until held-out problems are solved."""
         return self._sft(
             *(name, name, self._data),
-            *("--train-iters", "800", "--lr-decay-style", "linear"),
+            *("--train-iters", str(self._teacher_iters), "--lr-decay-style", "linear"),
             *("--eval-interval", "50", "--exit-eval-accuracy", str(TEACHER_ACCURACY)),
         )
 

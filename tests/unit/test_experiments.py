@@ -454,7 +454,7 @@ def test_every_arm_is_a_command_that_the_trainer_accepts(tmp_path, monkeypatch, 
         check_config(config.interface)
         assert config.interface.interface == VARIANTS.get(arm, (arm, {}))[0]
         assert config.training.train_iters == (300 if arm == "sft" else 100)
-        assert config.training.lr == 2e-4 and Path(config.evaluation.eval_prompt_data).name == "judged.jsonl"
+        assert config.training.lr == 2e-4 and Path(config.data.eval_prompt_data).name == "judged.jsonl"
     assert len({config.model.pretrained_checkpoint for config in commands}) == 1
     student = configs["kd"].model.tokenizer_model
     assert configs["kd"].teacher.tokenizer_model == student != configs["paper"].teacher.tokenizer_model
