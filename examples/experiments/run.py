@@ -2,6 +2,7 @@
 
     ./examples/experiments/run.sh                  all missing runs, then the report
     ./examples/experiments/run.sh --parts a,b      the quick start's pairs only
+    ./examples/experiments/run.sh --parts e        three learning rates for each arm, then the best ones
     ./examples/experiments/run.sh --report-only
 
 Every finished run has a file in results/. A run whose file has the same configuration is not run again. If
@@ -23,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from examples.experiments.plan import BOUNDS, RESULTS, SETTINGS, Run, planned_runs
+from examples.experiments.plan import RESULTS, Run, planned_runs
 from examples.experiments.processes import Workplace
 from examples.experiments.real import RealWeights
 from examples.experiments.report import write_report
@@ -67,20 +68,20 @@ def run_missing(runs: list[Run], options: argparse.Namespace) -> int:
     if not runs:
         return 0
     workplace = Workplace(options.run_dir.resolve())
-    benches = {
-        setting.name: (RealWeights if setting.name == "real-weights" else Toy)(setting, workplace)
-        for setting in (*SETTINGS, *BOUNDS)
-        if any(run.setting.name == setting.name for run in runs)
-    }
+    benches: dict[str, RealWeights | Toy] = {}
     begin, done, failed = time.monotonic(), 0, 0
     waiting = iter(runs)
     with ThreadPoolExecutor(options.jobs) as pool:
         at_work: dict[Future[dict[str, Any]], Run] = {}
 
         def start() -> None:
-            run = next(waiting, None)
-            if run is not None:
-                at_work[pool.submit(benches[run.setting.name].run, run)] = run
+            run = next((run for run in waiting if _can_start(run)), None)
+            if run is None:
+                return
+            folder = run.setting.warm_start
+            if folder not in benches:  # makes its warm start, when its first run needs it
+                benches[folder] = (RealWeights if run.setting.part == "c" else Toy)(run.setting, workplace)
+            at_work[pool.submit(benches[folder].run, run)] = run
 
         for _ in range(options.jobs):
             start()
@@ -103,6 +104,13 @@ def run_missing(runs: list[Run], options: argparse.Namespace) -> int:
                     )
                 start()
     return failed
+
+
+def _can_start(run: Run) -> bool:
+    """False, and told, while runs that choose its learning rate are missing."""
+    if not run.ready:
+        console.print(f"{run.name} waits: runs of part e that choose its learning rate are missing")
+    return run.ready
 
 
 def shown(figures: dict[str, float]) -> str:
@@ -129,7 +137,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description="Compare the interfaces. Results accumulate in examples/experiments/results.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parts = sorted({setting.part for setting in (*SETTINGS, *BOUNDS)})
+    parts = sorted({run.setting.part for run in planned_runs()})
     parser.add_argument("--parts", default=",".join(parts), help="parts to run, separated by commas")
     parser.add_argument(
         "--only",

@@ -91,12 +91,12 @@ def by_clusters(values: np.ndarray, num_clusters: int) -> Estimate:
     return Estimate(mean=float(values.mean()), low=float(low), high=float(high))
 
 
-def over_starts(values: np.ndarray, num_clusters: int) -> Estimate:
-    """values [W, P] of W warm starts: the mean, and its interval over resampled warm starts and clusters.
-
-    Value [w, i] belongs to cluster i modulo their number.
+def over_starts(values: np.ndarray, clusters: np.ndarray) -> Estimate:
+    """values [W, P] of W warm starts, clusters [P]: the mean, and its interval over resampled warm starts and
+    clusters. Values [:, i] belong to cluster clusters[i].
     """
-    of_cluster = np.arange(num_clusters) == (np.arange(values.shape[1]) % num_clusters)[:, None]
+    names = np.unique(clusters)
+    num_clusters, of_cluster = len(names), clusters[:, None] == names
     sums, sizes = values @ of_cluster, of_cluster.sum(axis=0)
     random = np.random.default_rng(SEED)
     starts = random.integers(0, len(values), (RESAMPLES, len(values)))

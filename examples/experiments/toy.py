@@ -1,4 +1,4 @@
-"""Parts a, b and d: the quick start's pairs.
+"""Parts a, b, d and e: the quick start's pairs.
 
 The teacher and the warmed-up student are made once. A run is one distillation.
 """
@@ -11,6 +11,7 @@ import shutil
 from statistics import fmean
 from typing import Any
 
+from examples.experiments.arms import Arms
 from examples.experiments.plan import VARIANTS, Run, Setting
 from examples.experiments.processes import ROOT, Workplace
 from examples.quickstart import run as quickstart
@@ -25,15 +26,17 @@ class Toy:
     def __init__(self, setting: Setting, workplace: Workplace) -> None:
         """Makes the warm start, unless it exists."""
         self._workplace = workplace
-        self._folder = workplace.folder / setting.name
+        self._folder = workplace.folder / setting.warm_start
         self._folder.mkdir(parents=True, exist_ok=True)
         options = setting.options
         flags = ("--pair", options["pair"], "--direction", options["direction"], "--processes", "1")
-        self._recipe = quickstart.Recipe(
-            quickstart.parse(
-                [*flags, "--seed", str(options["warm_start_seed"]), "--run-dir", str(self._folder)]
-            ),
-            self._folder,
+        parsed = quickstart.parse(
+            [*flags, "--seed", str(options["warm_start_seed"]), "--run-dir", str(self._folder)]
+        )
+        self._recipe = (
+            Arms(parsed, self._folder, options["words"], options["teacher_iters"])
+            if setting.part == "e"
+            else quickstart.Recipe(parsed, self._folder)
         )
         for stage in self._recipe.warm_start:
             stage.run(ROOT)
@@ -43,7 +46,7 @@ class Toy:
 
         Raises RuntimeError, with the end of its log, if the distillation fails.
         """
-        options = run.setting.options
+        options = run.configuration
         interface, flags = VARIANTS.get(run.interface, (run.interface, {}))
         flags = {
             **flags,
@@ -60,7 +63,7 @@ class Toy:
             ),
         }
         stage = self._recipe.distil(
-            *(interface, f"{run.interface}-{run.seed}"),
+            *(interface, run.name),
             *(str(part) for item in flags.items() for part in item),
         )
         shutil.rmtree(stage.output, ignore_errors=True)

@@ -31,7 +31,7 @@ from typing import Any
 from rich.table import Table
 
 from examples.quickstart.task import write_task
-from examples.quickstart.tokenizer_files import sides
+from examples.quickstart.tokenizer_files import Side, sides
 from examples.stages import Stage, console
 from megatron_simct.config.command_line import Parser, command
 from megatron_simct.files import write_whole
@@ -63,25 +63,29 @@ class Recipe:
     """The stages of one pair of tokenizers, with every flag that differs from the defaults."""
 
     def __init__(
-        self, options: argparse.Namespace, folder: Path, *, architecture: Mapping[str, object] = ARCHITECTURE
+        self,
+        options: argparse.Namespace,
+        folder: Path,
+        *,
+        architecture: Mapping[str, object] = ARCHITECTURE,
+        problems: tuple[Path, Path] | None = None,
+        teacher_iters: int = 800,
     ) -> None:
+        """`problems`: the files of training and of held-out problems, if not the task's. `teacher_iters`:
+        most steps of a teacher's training.
+        """
+        self._teacher_iters = teacher_iters
         self._options = options
         self._folder = folder
         teacher, student = sides(options.pair, options.direction, folder / "tokenizers")
         self._sides = {"teacher": teacher, "student": student}
-        write_task(folder)
-        self._data, self._held_out = folder / "train.jsonl", folder / "held_out.jsonl"
+        if problems is None:
+            write_task(folder)
+            problems = folder / "train.jsonl", folder / "held_out.jsonl"
+        self._data, self._held_out = problems
         for name, side in self._sides.items():
-            path = folder / f"{name}-architecture"
-            path.mkdir(exist_ok=True)
-            spread = INITIALIZER_RANGE_OF_GROUPED_DIGITS if side.groups_digits else INITIALIZER_RANGE[name]
-            fields = dict(architecture) | {"vocab_size": side.vocab_size, "initializer_range": spread}
-            (path / "config.json").write_text(json.dumps(fields, indent=1))
-        self.teacher = self._sft(
-            *("teacher", "teacher", self._data),
-            *("--train-iters", "800", "--lr-decay-style", "linear"),
-            *("--eval-interval", "50", "--exit-eval-accuracy", str(TEACHER_ACCURACY)),
-        )
+            self._write_architecture(name, side, INITIALIZER_RANGE[name], architecture)
+        self.teacher = self._teacher("teacher")
         self.sample = self._sample()
         self.select = self._select()
         from_teacher = options.warm_up == "teacher"
@@ -100,14 +104,36 @@ class Recipe:
             stages += [self.sample, self.select]
         return [*stages, *(stage for stage in self.student.needs if stage not in stages), self.student]
 
+    def _write_architecture(
+        self, name: str, side: Side, spread: float, architecture: Mapping[str, object]
+    ) -> None:
+        """The config.json of one model."""
+        path = self._folder / f"{name}-architecture"
+        path.mkdir(exist_ok=True)
+        spread = INITIALIZER_RANGE_OF_GROUPED_DIGITS if side.groups_digits else spread
+        fields = dict(architecture) | {"vocab_size": side.vocab_size, "initializer_range": spread}
+        (path / "config.json").write_text(json.dumps(fields, indent=1))
+
+    def _teacher(self, name: str) -> Stage:
+        """Supervised training until held-out problems are solved."""
+        return self._sft(
+            *(name, name, self._data),
+            *("--train-iters", str(self._teacher_iters), "--lr-decay-style", "linear"),
+            *("--eval-interval", "50", "--exit-eval-accuracy", str(TEACHER_ACCURACY)),
+        )
+
     def distil(self, interface: str, name: str, *flags: str) -> Stage:
         """On-policy distillation from the warm start, into the folder `name`."""
+        return self._distil(interface, name, self.teacher, *flags)
+
+    def _distil(self, interface: str, name: str, teacher: Stage, *flags: str) -> Stage:
+        """The same with one of the recipe's teachers."""
         models = [
             *(*self._model("student"), "--pretrained-checkpoint", self._checkpoint("student")),
             *(
-                *self._model("teacher", "teacher-"),
+                *self._model(teacher.output.name, "teacher-"),
                 "--teacher-pretrained-checkpoint",
-                self._checkpoint("teacher"),
+                self._checkpoint(teacher.output.name),
             ),
         ]
         flags = (
@@ -121,7 +147,7 @@ class Recipe:
         )
         return self._stage(
             *(f"distil with {interface}", name, self._data, 64, [*models, *flags]),
-            needs=(self.teacher, self.student),
+            needs=(teacher, self.student),
         )
 
     def evaluate(self, distil: Stage) -> Stage:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 NAMES = ("Tom", "Anna", "Pablo", "Nicolas", "Ferdinand", "Santos", "Nora", "Omar")
@@ -28,13 +29,16 @@ def write_task(folder: Path, *, train_size: int = 6000, held_out_size: int = 200
 
 def _write(path: Path, pairs: list[tuple[int, int]], size: int, *, seed: int) -> None:
     rng = random.Random(seed)
-    rows = [_row(pairs[i % len(pairs)], rng) for i in range(size)]
+    rows = [problem(pairs[i % len(pairs)], rng) for i in range(size)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _row(pair: tuple[int, int], rng: random.Random) -> dict[str, str]:
+def problem(
+    pair: tuple[int, int], rng: random.Random, names: Sequence[str] = NAMES, things: Sequence[str] = THINGS
+) -> dict[str, str]:
+    """A sum in words, with its answer as response and label."""
     a, b = pair
-    name, thing = rng.choice(NAMES), rng.choice(THINGS)
+    name, thing = rng.choice(names), rng.choice(things)
     answer = f" {name} has {a + b} {thing}."
     return {
         "prompt": f"{name} has {a} {thing} and gets {b} more. How many?",

@@ -8,13 +8,16 @@ they are mapped. So a machine holds each array once.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import socket
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +30,12 @@ from megatron_simct.parallel.disk import raise_together
 from megatron_simct.stopping import at_sudden_end
 
 Arrays = Mapping[str, np.ndarray]
+_PREFIX = "megatron_simct-"
+_NAME = re.compile(_PREFIX + r"[0-9a-f]{32}-[0-9]+")
+_ABANDONED_S = 24 * 3600
+"""Age in seconds from which a folder may be an abandoned one. A folder gets its lock a moment after it is
+made, another host may not see the lock, and no start needs a folder for a day.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +62,15 @@ class Node:
         """
         place, size = self.ranks.index(dist.get_rank()), len(self.ranks)
         mine = range(count * place // size, count * (place + 1) // size)
-        with _private_folders() as folder_of:
+        if place == 0:
+            _remove_abandoned()
+        with _private_folders() as folder_of, contextlib.ExitStack() as held:
             made: Arrays = {}
             problem = None
             try:
                 made = make(mine)
                 if size > 1:
+                    held.enter_context(_new_folder(folder_of(dist.get_rank())))
                     _write(folder_of(dist.get_rank()), made)
             except (OSError, ValueError) as error:
                 problem = str(error)
@@ -101,7 +113,7 @@ def _private_folders() -> Iterator[Callable[[int], Path]]:
     dist.broadcast_object_list(name, src=0)
 
     def folder_of(rank: int) -> Path:
-        return Path(tempfile.gettempdir()) / f"megatron_simct-{name[0]}-{rank}"
+        return Path(tempfile.gettempdir()) / f"{_PREFIX}{name[0]}-{rank}"
 
     def remove() -> None:
         shutil.rmtree(folder_of(dist.get_rank()), ignore_errors=True)
@@ -113,14 +125,57 @@ def _private_folders() -> Iterator[Callable[[int], Path]]:
         remove()
 
 
-def _write(folder: Path, arrays: Arrays) -> None:
-    """Files that only this user can read, in a new folder. Raises ValueError if the system refuses."""
-    try:
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[None]:
+    """Makes it, and holds a lock on it, which the kernel takes away when this process ends. Raises ValueError
+    if the system refuses the folder.
+    """
+    with _room():
         folder.mkdir(mode=0o700)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned() -> None:
+    """Removes this user's folders of ranks that were killed: nobody holds their lock, and they are old."""
+    with contextlib.suppress(OSError):
+        for folder in Path(tempfile.gettempdir()).iterdir():
+            if _NAME.fullmatch(folder.name):
+                with contextlib.suppress(OSError, ValueError):
+                    _check_private(folder, stat.S_IFDIR)
+                    if time.time() - folder.lstat().st_mtime > _ABANDONED_S:
+                        _remove_if_unlocked(folder)
+
+
+def _remove_if_unlocked(folder: Path) -> None:
+    """Raises OSError if a process holds its lock."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+def _write(folder: Path, arrays: Arrays) -> None:
+    """Files that only this user can read. Raises ValueError if the system refuses."""
+    with _room():
         for name, array in arrays.items():
             descriptor = os.open(folder / f"{name}.npy", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "wb") as file:
                 np.save(file, array, allow_pickle=False)
+
+
+@contextlib.contextmanager
+def _room() -> Iterator[None]:
+    """Raises ValueError for an OSError."""
+    try:
+        yield
     except OSError as error:
         raise ValueError(
             f"TMPDIR {tempfile.gettempdir()}: {error.strerror or error}; set it to a folder with more room"

@@ -7,7 +7,6 @@ stage to stage during generation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -47,24 +46,21 @@ def tensor_from_last_stage(tensor: torch.Tensor, pp: dist.ProcessGroup) -> torch
     return tensor
 
 
-def through_stage(
-    forward: Callable[[torch.Tensor | None], torch.Tensor],
-    received: torch.Tensor,
-    pp: dist.ProcessGroup,
-    *,
-    first: bool,
-    last: bool,
-) -> torch.Tensor:
-    """Run forward(hidden states of the stage before; None on the first), and send its
-    result to the next stage.
+def hand_on(sent: torch.Tensor | None, received: torch.Tensor | None, pp: dist.ProcessGroup) -> None:
+    """Send to the next rank of the pipeline and receive from the one before, both at a time; None: nothing.
 
-    `received` gives shape and type of what comes from the stage before; it is written to. An interleaved
-    pipeline goes around the ranks more than once, so `first` and `last` are about the stage, not the rank.
+    `received` gives shape and type of what comes, and is written to. The first rank is next to the last: an
+    interleaved pipeline goes around more than once. Every rank whose neighbour sends must receive in the same
+    call: for NCCL both are one operation.
     """
     rank, size = pp.rank(), pp.size()
-    if not first:
-        dist.recv(received, src=dist.get_global_rank(pp, (rank - 1) % size), group=pp)
-    hidden = forward(None if first else received)
-    if not last:
-        dist.send(hidden.contiguous(), dst=dist.get_global_rank(pp, (rank + 1) % size), group=pp)
-    return hidden
+    operations = []
+    if sent is not None:
+        to = dist.get_global_rank(pp, (rank + 1) % size)
+        operations.append(dist.P2POp(dist.isend, sent.contiguous(), to, pp))
+    if received is not None:
+        source = dist.get_global_rank(pp, (rank - 1) % size)
+        operations.append(dist.P2POp(dist.irecv, received, source, pp))
+    if operations:
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()

@@ -279,11 +279,13 @@ def student_plan(
         }
         phases: dict[str, dict[str, int]] = {}
         if not trains_on_given:
-            logits = 4 * 4 * engine_batch_size * math.ceil(sizes.vocab_size / sizes.tp) if last else 0
+            lane = math.ceil(engine_batch_size / sizes.pp)  # sequences of one pass
+            logits = 4 * 4 * lane * math.ceil(sizes.vocab_size / sizes.tp) if last else 0
             # Sampling uses torch's operations on a GPU too.
-            prefill = forward_bytes(replace(sizes, on_gpu=False), batch=engine_batch_size, length=prompt_len)
+            prefill = forward_bytes(replace(sizes, on_gpu=False), batch=lane, length=prompt_len)
+            rows = max(engine_batch_size, sizes.pp)
             phases["rollout"] = {
-                "KV cache": cache_bytes(sizes, stage=stage, batch=engine_batch_size, length=length),
+                "KV cache": cache_bytes(sizes, stage=stage, batch=rows, length=length),
                 "forward pass": max(prefill, logits),
             }
         if teachers:

@@ -3,13 +3,26 @@
 Publishing new weights copies and gathers nothing: the next call samples from the parameters that the
 optimizer has updated. Samples of one prompt share its forward pass. As sequences finish, their rows of the KV
 cache are filled with waiting prompts, or closed up.
+
+Pipeline stages: a token needs all of them in turn, so the sequences are divided into as many lanes as there
+are stages, and while a stage computes one lane, the others compute the other lanes. Every rank goes through
+the same slots, one after another; rank r computes slot s at tick r + s:
+
+    slot of a rank     0  1  2  3  4  5     (two stages, lanes a and b)
+    first rank         a  b  a  b  a  b
+    second rank           a  b  a  b  a  b
+
+At the end of a tick the tokens of the lane that has left the last stage are broadcast, and hidden states are
+handed on. All ranks are at the same tick then, so the order of messages is fixed. With interleaved stages the
+lanes go through a rank's first stage, then through its second.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass, field
+from itertools import cycle, product
 from typing import Literal
 
 import numpy as np
@@ -22,7 +35,7 @@ from megatron_simct.models.grouped_query import GroupedQuery
 from megatron_simct.models.regions import EAGER, compiled
 from megatron_simct.packing import pad_right
 from megatron_simct.parallel.initialize import Groups
-from megatron_simct.parallel.pipeline import tensor_from_last_stage, through_stage
+from megatron_simct.parallel.pipeline import hand_on, tensor_from_last_stage
 from megatron_simct.records import Prompt, Rollout
 from megatron_simct.rollout.decoder import Decoder
 from megatron_simct.rollout.engine import Sampling
@@ -36,10 +49,7 @@ _NO_PROMPT = np.zeros(1, np.int32)
 
 
 class MegatronEngine:
-    """Samples responses from a HiddenStateModel under tensor and pipeline parallelism.
-
-    Hidden states go from stage to stage; the last stage chooses the tokens and broadcasts them.
-    """
+    """Samples responses from a HiddenStateModel under tensor and pipeline parallelism."""
 
     def __init__(
         self,
@@ -53,10 +63,10 @@ class MegatronEngine:
         before_reading_weights: Callable[[], None] = lambda: None,
         stepping: Stepping | None = None,
     ) -> None:
-        """vocab_size: without padding. batch_size: most sequences that are decoded together; it
-        bounds the KV cache.
+        """vocab_size: without padding. batch_size: most sequences that are decoded at a time, but at least
+        one for each pipeline stage; it bounds the KV cache.
 
-        progress: called after each token with the numbers of finished and of all responses of a call.
+        progress: called before each pass with the numbers of finished and of all responses of a call.
         before_reading_weights: brings the weights up to date. stepping: None: the default of the device.
         """
         self._model = model
@@ -87,133 +97,201 @@ class MegatronEngine:
         return [sequence.rollout(self._weight_version) for sequence in sequences]
 
     def _decode_all(self, sequences: Sequence[_Sequence], sampling: Sampling) -> None:
-        """Row r of the cache holds active[r].
-
-        All ranks of a replica take the same branches, because they see the same tokens.
+        """All ranks of a replica take the same branches: what a lane does next follows from its own tokens,
+        and from the order of the slots.
         """
-        rows = max(1, min(self._batch_size, len(sequences)))
-        length = max((s.longest for s in sequences), default=1 + sampling.max_response_len)
-        run = _Run(
-            self._model,
-            self._groups,
-            self._stepping,
-            sampling,
-            through=self._through,
-            rows=rows,
-            length=length,
-        )
+        pp, stages = self._groups.pp, chunks_of(self._model)
+        lanes = self._lanes(sequences, sampling)
         waiting = deque(_by_prompt(sequences))
-        active: list[_Sequence] = []
-        unread: deque[_Unread] = deque()
-        while True:
-            batches = _passes(_admitted(waiting, rows, len(active)))
-            started = sum(len(samples) for batch in batches for samples in batch)
-            going_on = len(active) + (started if sampling.max_response_len > 1 else 0)
-            unfinished = len(waiting) + len(active) + started
-            passes, decodes, unfinished = self._most(len(batches), going_on, unfinished)
-            if not unfinished:
-                break
-            for number in range(passes):
-                batch = batches[number] if number < len(batches) else []
-                new = [sequence for samples in batch for sequence in samples]
-                unread += self._choose(run, new, self._prefill(run, batch, len(active)), first=len(active))
-                active += new
-            self._read(unread, self._stepping.late)
-            _close_up(active, run)
-            if active or (decodes and self._groups.passes_together):
-                unread += self._choose(run, active, self._decode(run, active), first=0)
-            self._read(unread, self._stepping.late)
-            _close_up(active, run)
-            self._progress(sum(s.finish is not None for s in sequences), len(sequences))
-        self._read(unread, 0)
+        # The passes of this rank's last slots, if they went through its last stage. When its newest slot is
+        # computed, the last rank computes the one that is pp.size() - 1 - pp.rank() slots older.
+        leaving: deque[_Pass | None] = deque([None] * pp.size(), maxlen=pp.size())
+        sent: torch.Tensor | None = None
+        for number, lane in cycle(product(range(len(stages)), lanes)):
+            self._take_tokens(leaving[pp.rank()])
+            if number == 0:
+                if not self._begin_pass(lane, lanes, waiting):
+                    break
+                self._progress(sum(s.finish is not None for s in sequences), len(sequences))
+            stage, one = stages[number], lane.current
+            received = None if one is None or stage.pre_process else self._hidden_states(one.shape)
+            hand_on(sent, received, pp)
+            sent = None
+            if one is not None:
+                hidden = one.forward(number, received)
+                if not stage.post_process:
+                    sent = hidden
+                elif one.sequences:
+                    one.chosen = self._choose(one, hidden)
+            leaving.append(one if number == len(stages) - 1 else None)
+        for lane in lanes:
+            lane.read(self._stop_ids, late=0)
         self._progress(len(sequences), len(sequences))
 
-    def _read(self, unread: deque[_Unread], late: int) -> None:
-        """Read the tokens of all steps but the last `late` ones."""
-        while len(unread) > late:
-            unread.popleft().read(self._stop_ids)
+    def _lanes(self, sequences: Sequence[_Sequence], sampling: Sampling) -> list[_Lane]:
+        """The rows, divided into a lane for each pipeline stage."""
+        stages, rows = self._groups.pp.size(), min(self._batch_size, len(sequences))
+        length = max((s.longest for s in sequences), default=1 + sampling.max_response_len)
+        return [
+            _Lane(
+                _Run(
+                    self._model,
+                    self._groups,
+                    self._stepping,
+                    sampling,
+                    rows=max(1, len(range(number, rows, stages))),
+                    length=length,
+                )
+            )
+            for number in range(stages)
+        ]
+
+    def _begin_pass(self, lane: _Lane, lanes: Sequence[_Lane], waiting: deque[list[_Sequence]]) -> bool:
+        """Decide on the lane's next pass, None if it has nothing to do. False when no lane has."""
+        lane.read(self._stop_ids, late=self._stepping.late)
+        lane.close_up()
+        if not lane.prompts:
+            divides = len(lanes) > 1
+            lane.prompts += _passes(_admitted(waiting, lane.run.rows, len(lane.active), divides=divides))
+        unfinished = len(waiting) + sum(len(one.active) + len(one.prompts) for one in lanes)
+        prefills, decodes, unfinished = self._most(bool(lane.prompts), bool(lane.active), unfinished)
+        lane.current = None
+        if prefills:
+            lane.current = self._prefill(lane, lane.prompts.popleft() if lane.prompts else [])
+        elif decodes:
+            lane.current = self._decode(lane)
+        return bool(unfinished)
 
     def _most(self, *counts: int) -> Sequence[int]:
         """The largest of each count of the ranks that share experts: all must pass through a layer together,
         and an idle rank runs a forward pass on one dummy token."""
         if not self._groups.passes_together:
             return counts
-        largest = torch.tensor(counts, device=self._groups.device)
+        largest = torch.tensor(counts, dtype=torch.int64, device=self._groups.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._groups.exchange)
         return largest.tolist()
 
-    def _prefill(self, run: _Run, batch: Sequence[Sequence[_Sequence]], first_row: int) -> torch.Tensor:
-        """One forward pass over the prompts of a batch; their samples get the rows from first_row on. Returns
-        the input of the LM head for each sample. An element of the batch is the samples of one prompt."""
-        device = self._groups.device
+    def _prefill(self, lane: _Lane, batch: Sequence[Sequence[_Sequence]]) -> _Pass:
+        """The pass over the prompts of a batch; their samples get the lane's next rows. An element of the
+        batch is the samples of one prompt."""
+        device, run, first = self._groups.device, lane.run, len(lane.active)
         token_ids = [samples[0].prompt.student_ids for samples in batch] or [_NO_PROMPT]
         tokens = pad_right(token_ids)[0].to(device)
         lengths = torch.tensor([len(ids) for ids in token_ids], device=device)
         prompt_of_row = [i for i, samples in enumerate(batch) for _ in samples]
-        rows = list(range(first_row, first_row + len(prompt_of_row)))
+        rows = list(range(first, first + len(prompt_of_row)))
         places = torch.tensor([rows, prompt_of_row], dtype=torch.int64, device=device)
-        hidden = self._through(
-            run.stages, tokens.shape, lambda stage, received: stage.prefill(tokens, received, lengths, places)
-        )
+        sequences = [sequence for samples in batch for sequence in samples]
+        lane.active += sequences
         if rows:
-            run.start(rows, [sequence for samples in batch for sequence in samples], lengths[places[1]])
-        return hidden[places[1]] if self._groups.is_last_stage else hidden
+            run.start(rows, sequences, lengths[places[1]])
 
-    def _decode(self, run: _Run, active: Sequence[_Sequence]) -> torch.Tensor:
-        """The input of the LM head for one more token of all active sequences."""
-        longest = max((sequence.length for sequence in active), default=1)
-        return run.step(*run.bucket(len(active), longest))
+        def forward(number: int, received: torch.Tensor | None) -> torch.Tensor:
+            stage = run.stages[number]
+            hidden = stage.prefill(tokens, received, lengths, places)
+            return hidden[places[1]] if stage.is_last else hidden
 
-    def _through(
-        self,
-        stages: Sequence[Decoder],
-        shape: Sequence[int],
-        forward: Callable[[Decoder, torch.Tensor | None], torch.Tensor],
-    ) -> torch.Tensor:
-        """The result of the last of this rank's stages; hidden states between stages are [*shape, H]."""
+        return _Pass(lane, sequences, first=first, shape=tuple(tokens.shape), forward=forward)
+
+    def _decode(self, lane: _Lane) -> _Pass:
+        """The pass for one more token of all sequences of the lane."""
+        longest = max((sequence.length for sequence in lane.active), default=1)
+        rows, keys = lane.run.bucket(len(lane.active), longest)
+
+        def forward(number: int, received: torch.Tensor | None) -> torch.Tensor:
+            return lane.run.step(number, received, rows, keys)
+
+        return _Pass(lane, list(lane.active), first=0, shape=(rows,), forward=forward)
+
+    def _hidden_states(self, shape: Sequence[int]) -> torch.Tensor:
+        """Room for hidden states of another stage, [*shape, H]."""
         config = self._model.config
-        received = torch.empty(
+        return torch.empty(
             *shape, config.hidden_size, dtype=config.pipeline_dtype, device=self._groups.device
         )
-        for stage in stages:
-            hidden = through_stage(
-                partial(forward, stage), received, self._groups.pp, first=stage.is_first, last=stage.is_last
-            )
-        return hidden
 
-    def _choose(
-        self, run: _Run, sequences: Sequence[_Sequence], hidden: torch.Tensor, *, first: int
-    ) -> list[_Unread]:
-        """Choose the next token of each sequence, whose rows begin at `first`; hidden [B, H] is read on the
-        last stage only, and may have more rows. The tokens are not read here."""
-        if not sequences:
-            return []
-        rows = slice(first, first + max(len(sequences), len(hidden) if self._groups.is_last_stage else 0))
-        chosen = torch.empty(2, len(sequences), dtype=torch.float64, device=self._groups.device)
-        if self._groups.is_last_stage:
-            ids, scores = sample_tokens(
-                soft_cap(hidden @ self._model.output_weight.T, self._model.logit_softcap),
-                run.uniforms_of(rows),
-                shard_start=self._model.vocab_shard[0],
-                vocab_size=self._vocab_size,
-                temperature=run.sampling.temperature,
-                top_p=run.sampling.top_p,
-                top_k=run.sampling.top_k,
-                group=self._groups.tp,
-            )
-            # float64 represents ids and float32 log-probs exactly
-            chosen = torch.stack([ids.double(), scores.double()])[:, : len(sequences)]
-        chosen = tensor_from_last_stage(chosen.contiguous(), self._groups.pp)
-        run.go_on(slice(first, first + len(sequences)), chosen[0])
-        for sequence in sequences:
+    def _choose(self, one: _Pass, hidden: torch.Tensor) -> torch.Tensor:
+        """The next token of each sequence of the pass and its log-prob, float64 [2, B]; hidden [B, H] may
+        have more rows."""
+        run = one.lane.run
+        ids, scores = sample_tokens(
+            soft_cap(hidden @ self._model.output_weight.T, self._model.logit_softcap),
+            run.uniforms_of(slice(one.first, one.first + len(hidden))),
+            shard_start=self._model.vocab_shard[0],
+            vocab_size=self._vocab_size,
+            temperature=run.sampling.temperature,
+            top_p=run.sampling.top_p,
+            top_k=run.sampling.top_k,
+            group=self._groups.tp,
+        )
+        # float64 represents ids and float32 log-probs exactly
+        return torch.stack([ids.double(), scores.double()])[:, : len(one.sequences)].contiguous()
+
+    def _take_tokens(self, one: _Pass | None) -> None:
+        """Broadcast the tokens of a pass that has just left the last stage. The host does not read them
+        here."""
+        if one is None or not one.sequences:
+            return
+        chosen = one.chosen
+        if chosen is None:
+            chosen = torch.empty(2, len(one.sequences), dtype=torch.float64, device=self._groups.device)
+        tensor_from_last_stage(chosen, self._groups.pp)
+        one.lane.run.go_on(slice(one.first, one.first + len(one.sequences)), chosen[0])
+        for sequence in one.sequences:
             sequence.asked += 1
-        return [_Unread(sequences, chosen)]
+        one.lane.unread.append(_Unread(one.sequences, chosen))
+
+
+@dataclass(slots=True)
+class _Lane:
+    """Sequences that are decoded together. Row r of the cache holds active[r]."""
+
+    run: _Run
+    active: list[_Sequence] = field(default_factory=list)
+    prompts: deque[list[list[_Sequence]]] = field(default_factory=deque)
+    """Batches of prompts that have been admitted, a pass for each."""
+    unread: deque[_Unread] = field(default_factory=deque)
+    current: _Pass | None = None
+    """The pass that goes through the stages."""
+
+    def read(self, stop_ids: frozenset[int], *, late: int) -> None:
+        """Read the tokens of all passes but the last `late` ones."""
+        while len(self.unread) > late:
+            self.unread.popleft().read(stop_ids)
+
+    def close_up(self) -> None:
+        """Drop finished sequences; the last row moves to the place of a dropped one."""
+        before = len(self.active)
+        for row in reversed(range(before)):
+            if not self.active[row].is_open:
+                last = self.active.pop()
+                if row < len(self.active):
+                    self.active[row] = last
+                    self.run.move(len(self.active), row, last.length)
+        if len(self.active) < before:
+            self.run.free(len(self.active))
+
+
+@dataclass(slots=True)
+class _Pass:
+    """One forward pass of a lane: of prompts, or of one more token of its sequences."""
+
+    lane: _Lane
+    sequences: list[_Sequence]
+    """Those that it gives a token."""
+    first: int
+    """The row of the first of them; the others follow."""
+    shape: tuple[int, ...]
+    """Shape of the hidden states between stages, without H."""
+    forward: Callable[[int, torch.Tensor | None], torch.Tensor]
+    """The index of a stage of this rank, and the hidden states of the stage before -> those of this one; of
+    the last stage the input of the LM head, a row for each sequence."""
+    chosen: torch.Tensor | None = None
+    """On the last stage the tokens and their log-probs, float64 [2, B]."""
 
 
 class _Run:
-    """State of one call of `generate` on the device: caches, and the last token and next
-    position of each row.
-    """
+    """State of a lane on the device: caches, and the last token and next position of each row."""
 
     def __init__(
         self,
@@ -222,18 +300,17 @@ class _Run:
         stepping: Stepping,
         sampling: Sampling,
         *,
-        through: Callable[..., torch.Tensor],
         rows: int,
         length: int,
     ) -> None:
-        """through: see MegatronEngine. length: positions of the longest sequence."""
+        """length: positions of the longest sequence."""
         device = groups.device
         regions = compiled() if stepping.compiled else EAGER
-        self.sampling, self._through = sampling, through
+        self.sampling, self.rows = sampling, rows
         self.stages = [
             Decoder(chunk, rows=rows, length=length, regions=regions) for chunk in chunks_of(model)
         ]
-        self._stepping, self._num_rows, self._length = stepping, rows, length
+        self._stepping, self._length = stepping, length
         self._tokens, self._where, self._drawn = (
             torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(3)
         )
@@ -244,7 +321,8 @@ class _Run:
         kinds = self.stages[0].kinds
         alone = groups.pp.size() == 1 and not any(layer.mlp.num_experts for layer in kinds)
         alone = alone and all(isinstance(layer.attention, GroupedQuery) for layer in kinds)
-        self._graphs = StepGraphs(self._forward, capture=stepping.graphs and device.type == "cuda" and alone)
+        captures = stepping.graphs and device.type == "cuda" and alone
+        self._graphs = StepGraphs(self._first_stage, capture=captures)
 
     def start(self, rows: Sequence[int], sequences: Sequence[_Sequence], lengths: torch.Tensor) -> None:
         """Register sequences whose prompts, of lengths int64 [R], have been read into
@@ -263,17 +341,16 @@ class _Run:
             -(-n // step) * step
             for n, step in ((max(rows, 1), self._stepping.rows), (keys, self._stepping.keys))
         )
-        return min(rows_up, self._num_rows), min(keys_up, self._length)
+        return min(rows_up, self.rows), min(keys_up, self._length)
 
-    def step(self, rows: int, keys: int) -> torch.Tensor:
-        """One more token of the first rows; see Decoder.decode."""
-        return self._graphs(rows, keys)
+    def step(self, number: int, received: torch.Tensor | None, rows: int, keys: int) -> torch.Tensor:
+        """One more token of the first rows, through this rank's stage of this index; see Decoder.decode."""
+        if received is None:
+            return self._graphs(rows, keys)
+        return self.stages[number].decode(self._tokens[:rows], received, self._where[:rows], keys)
 
-    def _forward(self, rows: int, keys: int) -> torch.Tensor:
-        tokens, where = self._tokens[:rows], self._where[:rows]
-        return self._through(
-            self.stages, tokens.shape, lambda stage, received: stage.decode(tokens, received, where, keys)
-        )
+    def _first_stage(self, rows: int, keys: int) -> torch.Tensor:
+        return self.stages[0].decode(self._tokens[:rows], None, self._where[:rows], keys)
 
     def uniforms_of(self, rows: slice) -> torch.Tensor:
         """The uniform number that the next token of each row is drawn with, float64 [B]."""
@@ -383,22 +460,30 @@ def _by_prompt(sequences: Sequence[_Sequence]) -> list[list[_Sequence]]:
     return sorted(groups.values(), key=lambda samples: -samples[0].length)
 
 
-def _admitted(waiting: deque[list[_Sequence]], rows: int, num_active: int) -> list[list[_Sequence]]:
-    """Take from `waiting` the prompts that fit into the free rows, all samples of a prompt at once.
+def _admitted(
+    waiting: deque[list[_Sequence]], rows: int, num_active: int, *, divides: bool
+) -> list[list[_Sequence]]:
+    """Take from `waiting` the prompts that fit into the free rows of a lane, all samples of a prompt at once.
 
-    Takes none before an eighth of the rows is free: a forward pass for one prompt costs nearly as
-    much as for several.
+    divides: the samples of the last one may be divided; other lanes have rows for the rest, and rows that
+    stay free for long cost more than a second pass over the prompt. Takes none before an eighth of the rows
+    is free: a forward pass for one prompt costs nearly as much as for several.
     """
-    if waiting and len(waiting[0]) > rows:  # a prompt with more samples than rows comes in parts
-        samples = waiting.popleft()
-        waiting.extendleft(samples[i : i + rows] for i in reversed(range(0, len(samples), rows)))
     admitted: list[list[_Sequence]] = []
     free = rows - num_active
     if num_active and free < rows / 8:
         return admitted
-    while waiting and len(waiting[0]) <= free:
-        admitted.append(waiting.popleft())
-        free -= len(admitted[-1])
+    while waiting and free:
+        samples = waiting.popleft()
+        most = free if divides else rows  # a prompt with more samples than rows comes in parts
+        if len(samples) > most:
+            waiting.appendleft(samples[most:])
+            samples = samples[:most]
+        if len(samples) > free:
+            waiting.appendleft(samples)
+            break
+        admitted.append(samples)
+        free -= len(samples)
     return admitted
 
 
@@ -412,16 +497,3 @@ def _passes(groups: Sequence[list[_Sequence]]) -> list[list[list[_Sequence]]]:
             passes.append([])
         passes[-1].append(samples)
     return passes
-
-
-def _close_up(active: list[_Sequence], run: _Run) -> None:
-    """Drop finished sequences; the last row moves to the place of a dropped one."""
-    before = len(active)
-    for row in reversed(range(before)):
-        if not active[row].is_open:
-            last = active.pop()
-            if row < len(active):
-                active[row] = last
-                run.move(len(active), row, last.length)
-    if len(active) < before:
-        run.free(len(active))

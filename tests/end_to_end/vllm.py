@@ -68,7 +68,13 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
 }
-WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+}
 """Heads of 64 numbers: vLLM's attention on a CPU supports no smaller ones than 32."""
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **WIDE},
@@ -274,14 +280,16 @@ def together(folder: Path, python: str) -> float:
 def oversampling(folder: Path, python: str) -> None:
     """A student whose steps carry responses over is killed after its third step and started again."""
     run, rollouts = folder / "oversampling", folder / "rollouts-oversampling"
-    with engine(folder / "student", python, 8174, *GENERATING) as address:
+    student = deep_student(folder)
+    with engine(student, python, 8174, *GENERATING, "--max-model-len", "1024") as address:
         options = options_of(folder, "bytes") | {
+            "hf_checkpoint": student,
             **{"teacher_hf_checkpoint": folder / "llama", "run_dir": run / "student", "train_iters": 8},
-            **{"rollout_max_response_len": 150, "rollout_oversample": 1.0, "micro_batch_size": 4},
+            **{"rollout_max_response_len": 500, "rollout_oversample": 1.0, "micro_batch_size": 4},
             **{"rollout_importance_weights": 2.0, "rollout_logprob_bound": 1e-3, "rollout_batch_size": 4},
             **{"rollout_engine": "vllm", "rollout_engine_endpoint": address},
             **{"rollout_engine_timeout_minutes": 20, "distributed_timeout_minutes": 25},
-            **{"save": run / "save", "load": run / "save", "save_interval": 2},
+            **{"save": run / "save", "load": run / "save", "save_interval": 1},
             **{"save_debug_rollout_data": rollouts},
         }
         flags = [word for key, value in options.items() for word in (flag_of(key), str(value))]
@@ -310,7 +318,37 @@ def oversampling(folder: Path, python: str) -> None:
     counts = [row["rollout_carried"] for row in steps(run)]
     lengths = [len(row["student_ids"]) for row in carried]
     print(f"oversampling: {counts} carried a step, their tokens {lengths}", flush=True)
-    assert carried and any(0 < len(row["student_ids"]) < 150 for row in carried)
+    assert all(row["finish"] == "stop" or len(row["student_ids"]) == 500 for row in carried)
+    whole = {row["sample_id"]: row["student_ids"] for rows in trained.values() for row in rows}
+    pieces = [
+        (row["student_ids"], whole[row["sample_id"]])
+        for path in (run / "save").glob("iter_*/carried_over.json")
+        for group in json.loads(path.read_text())["groups"]
+        for row in group["rollouts"]
+        if row["finish"] == "open" and row["sample_id"] in whole
+    ]
+    print(
+        f"oversampling: {[(len(piece), len(ids)) for piece, ids in pieces]} tokens before, in all", flush=True
+    )
+    assert pieces and all(len(piece) < len(ids) and ids[: len(piece)] == piece for piece, ids in pieces)
+
+
+def deep_student(folder: Path) -> Path:
+    """A student of 16 layers after a few steps on random text in which a stop token is frequent.
+
+    Its responses end after some sixty tokens, each at another length, so some are unfinished when a step
+    closes. The other student would seldom stop before the limit of the length, and samples so fast that all
+    responses are finished before the training has looked at the first.
+    """
+    deep = folder / "deep"
+    save_byte_level(deep, vocab_size=400)
+    table = load_tokenizer(str(deep)).table
+    save_model(deep, "llama", vocab_size=table.num_ids, scale=0.05, num_hidden_layers=16, **WIDE)
+    random = np.random.default_rng(1)
+    ids = random.integers(0, table.num_ids, 240)
+    ids[random.random(len(ids)) < 0.05] = table.stop_ids[0]
+    teach(deep, ids, steps=6)
+    return deep
 
 
 def options_of(folder: Path, interface: str) -> dict[str, Any]:

@@ -464,8 +464,8 @@ def _generate_shares(model, groups, calls) -> list[list[Rollout]]:
     return results
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_ranks_that_share_experts_answer_prompts_of_their_own(tiny, experts, tp) -> None:
+@pytest.mark.parametrize("tp, pp", [(1, 1), (2, 1), (1, 2)])
+def test_ranks_that_share_experts_answer_prompts_of_their_own(tiny, experts, tp, pp) -> None:
     """Different numbers of prompts, lengths and ends; one rank has no prompt."""
     (expected,) = run_ranks(1, _without_cache, tiny, experts, 1, PROMPTS, GREEDY.max_response_len)
     assert len({tuple(answer) for answer in expected}) == len(PROMPTS)
@@ -477,11 +477,11 @@ def test_ranks_that_share_experts_answer_prompts_of_their_own(tiny, experts, tp)
         ([PROMPTS, []], NEVER),
         ([PROMPTS[:1], PROMPTS[1:]], (stop,)),
     ]
-    flags = (*experts, "--expert-model-parallel-size", "2")
-    ranks = run_ranks(2 * tp, _generate_shares, tiny, flags, tp, calls)
+    flags = (*experts, "--expert-model-parallel-size", "2", "--pipeline-model-parallel-size", str(pp))
+    ranks = run_ranks(2 * tp * pp, _generate_shares, tiny, flags, tp, calls)
     for call, ((shares, stop_ids), found) in enumerate(zip(calls, zip(*ranks, strict=True), strict=True)):
         for rank, rollouts in enumerate(found):
-            assert [r.sample_id for r in rollouts] == [p.sample_id for p in shares[rank // tp]], call
+            assert [r.sample_id for r in rollouts] == [p.sample_id for p in shares[rank // tp % 2]], call
             for rollout in rollouts:
                 index = rollout.sample_id - PROMPTS[0].sample_id
                 end = None if stop_ids == NEVER else ends[index]

@@ -5,7 +5,10 @@ those of one process.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -266,3 +269,85 @@ def test_a_changed_or_foreign_file_is_not_believed(tmp_path, change, expected) -
     assert first == second
     assert first.startswith(f"TMPDIR {tmp_path}: ") and expected in first
     assert first.endswith("; set it to another folder of this machine")
+
+
+# Folders of ranks that were killed
+
+DAY = 24 * 3600
+
+
+def folder_of_a_rank(place: Path, number: int) -> Path:
+    return place / f"megatron_simct-{number:032x}-{number}"
+
+
+def aged(path: Path, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(path, (then, then), follow_symlinks=False)
+
+
+def _hold(folder: Path) -> subprocess.Popen[bytes]:
+    """A rank that has written its folder and waits for the others."""
+    program = f"""if True:
+        import sys, numpy
+        from pathlib import Path
+        from megatron_simct.parallel import node
+        with node._new_folder(Path({str(folder)!r})):
+            node._write(Path({str(folder)!r}), {{"numbers": numpy.arange(3)}})
+            print(flush=True)
+            sys.stdin.read()
+    """
+    return subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def test_the_next_job_removes_the_folder_of_a_rank_that_was_killed(tmp_path) -> None:
+    folder = folder_of_a_rank(tmp_path, 1)
+    with _hold(folder) as rank:
+        try:
+            assert rank.stdout is not None and rank.stdout.readline() == b"\n"
+        finally:
+            rank.kill()
+    assert [path.name for path in folder.iterdir()] == ["numbers.npy"]
+    aged(folder, 1.1 * DAY)
+    run_ranks(2, _exchange, tmp_path, 3)  # which finds no folder at its end
+    assert not folder.exists()
+
+
+def test_a_folder_that_is_in_use_stays_however_old_it_is(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = folder_of_a_rank(tmp_path, 1)
+    with _hold(folder) as rank:
+        try:
+            assert rank.stdout is not None and rank.stdout.readline() == b"\n"
+            aged(folder, 2 * DAY)
+            node._remove_abandoned()
+            assert (folder / "numbers.npy").exists()
+        finally:
+            rank.kill()
+    node._remove_abandoned()
+    assert not folder.exists()
+
+
+def test_only_old_folders_of_this_user_and_of_this_name_are_removed(tmp_path, monkeypatch) -> None:
+    place = tmp_path / "t"
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    old, young, open_to_others, link = (folder_of_a_rank(place, number) for number in range(4))
+    other_names = [place / "megatron_simct-1-0", place / f"megatron_simct-{0:032x}-0.old", place / "data"]
+    elsewhere = tmp_path / "elsewhere"
+    for folder in (old, young, open_to_others, *other_names, elsewhere):
+        folder.mkdir(mode=0o700)
+        (folder / "numbers.npy").touch()
+    open_to_others.chmod(0o770)
+    link.symlink_to(elsewhere)
+    file = folder_of_a_rank(place, 4)
+    file.touch(mode=0o600)
+    for path in place.iterdir():
+        aged(path, 0.9 * DAY if path == young else 1.1 * DAY)
+    node._remove_abandoned()
+    assert set(place.iterdir()) == {young, open_to_others, link, file, *other_names}
+    assert (elsewhere / "numbers.npy").exists()
+
+
+def test_folders_for_temporary_files_that_cannot_be_listed_are_no_matter(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    node._remove_abandoned()

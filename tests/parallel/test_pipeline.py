@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from megatron_simct.job import build_job
 from megatron_simct.loading import load_model
 from megatron_simct.parallel.initialize import process_groups
 from megatron_simct.records import Prompt, Rollout
+from megatron_simct.rollout import megatron_engine
+from megatron_simct.rollout.decoder import Decoder
 from megatron_simct.rollout.engine import Sampling
 from megatron_simct.rollout.megatron_engine import MegatronEngine
 from megatron_simct.train import main, train
@@ -333,17 +337,23 @@ PROMPTS = [
 ]
 
 
+SAMPLES = [replace(prompt, sample_id=100 * (i + 1) + j) for i, prompt in enumerate(PROMPTS) for j in range(3)]
+CALLS = [(PROMPTS, 2), (PROMPTS[:1], 8), (PROMPTS[:3], 8), (SAMPLES, 7), (SAMPLES, 1)]
+"""Prompts, and how many sequences are decoded at a time."""
+STOPS = (7, 11, *range(0, 360, 24))
+
+
 def _generate(rank, world_size, folder, flags) -> list[Rollout]:
-    """Greedy and sampled rollouts, in batches of two and with a stop id."""
+    """Greedy and sampled rollouts of all calls, some of which end early."""
     resolved = job_config(folder, *flags)
     with process_groups(resolved.parallel, seed=1) as groups:
         student = load_tokenizer(resolved.model.tokenizer_model)
         model = load_model(resolved, resolved.model, groups, student, prefix="")
-        engine = MegatronEngine(model, groups, vocab_size=360, stop_ids=(7, 11), batch_size=2)
         rollouts = []
-        for temperature in (0.0, 1.0):
+        for (prompts, batch_size), temperature in product(CALLS, (0.0, 1.0)):
+            engine = MegatronEngine(model, groups, vocab_size=360, stop_ids=STOPS, batch_size=batch_size)
             sampling = Sampling(temperature=temperature, top_p=0.9, max_response_len=10, seed=1)
-            rollouts += engine.generate(PROMPTS, sampling)
+            rollouts += engine.generate(prompts, sampling)
         assert model.config.sequence_parallel is resolved.parallel.sequence_parallel, "put back"
         return rollouts
 
@@ -355,7 +365,8 @@ def _generate(rank, world_size, folder, flags) -> list[Rollout]:
 )
 def test_every_layout_generates_the_same_tokens(files, layouts) -> None:
     (expected,) = run_ranks(1, _generate, files, ())
-    assert len({tuple(r.student_ids.tolist()) for r in expected}) == 2 * len(PROMPTS)
+    assert len({tuple(r.student_ids.tolist()) for r in expected}) > len(SAMPLES) + len(PROMPTS)
+    assert {r.finish for r in expected} == {"stop", "length"}
     for world_size, flags in map(LAYOUTS.get, layouts):
         for rollouts in run_ranks(world_size, _generate, files, flags):
             for found, wanted in zip(rollouts, expected, strict=True):
@@ -363,6 +374,64 @@ def test_every_layout_generates_the_same_tokens(files, layouts) -> None:
                 assert (found.sample_id, found.finish) == (wanted.sample_id, wanted.finish)
                 np.testing.assert_allclose(found.logprobs, wanted.logprobs, rtol=0, atol=1e-4)
                 assert found.logprobs.dtype == np.float32 and found.student_ids.dtype == np.int32
+
+
+def _schedule(rank, world_size, folder, flags, prompts, batch_size, stop_ids) -> list[str]:
+    """What this rank does, in its order: "prompts" and "token" for a pass, "tick" at the end of each tick."""
+    resolved = job_config(folder, *flags)
+    done: list[str] = []
+    with process_groups(resolved.parallel, seed=1) as groups, pytest.MonkeyPatch.context() as patch:
+        student = load_tokenizer(resolved.model.tokenizer_model)
+        model = load_model(resolved, resolved.model, groups, student, prefix="")
+
+        def noted(owner, name, what) -> None:
+            function = getattr(owner, name)
+            patch.setattr(owner, name, lambda *args: (done.append(what), function(*args))[1])
+
+        noted(Decoder, "prefill", "prompts")
+        noted(Decoder, "decode", "token")
+        noted(megatron_engine, "hand_on", "tick")
+        engine = MegatronEngine(model, groups, vocab_size=360, stop_ids=stop_ids, batch_size=batch_size)
+        sampling = Sampling(temperature=1.0, top_p=1.0, max_response_len=10, seed=1)
+        engine.generate(prompts, sampling)
+    return done
+
+
+def _idle(schedule) -> list[bool]:
+    """For each tick of a rank, from its first to its last pass, whether it has no pass."""
+    passes = " ".join(schedule).split("tick")
+    busy = [bool(one.strip()) for one in passes]
+    assert all(len(one.split()) <= 1 for one in passes), "two passes in a tick"
+    first, last = busy.index(True), len(busy) - busy[::-1].index(True)
+    return [not one for one in busy[first:last]]
+
+
+@pytest.mark.parametrize("files", ["student tied"], indirect=True)
+@pytest.mark.parametrize(
+    "stages, virtual, flags",
+    [(2, 1, PP2), (4, 1, LAYOUTS["pp4"][1]), (2, 2, PP2 + INTERLEAVED)],
+    ids=["pp2", "pp4", "pp2, interleaved"],
+)
+def test_stages_work_at_the_same_time(files, stages, virtual, flags) -> None:
+    """A token needs all stages in turn, and each has a tick of another lane meanwhile: with as many sequences
+    as stages none is idle. With fewer, each is idle for the lanes that have none."""
+    same = [replace(PROMPTS[0], sample_id=i) for i in range(4)]
+    for number in (1, stages // 2, stages):
+        for schedule in run_ranks(stages, _schedule, files, flags, same[:number], 8, ()):
+            idle = _idle(schedule)
+            assert len(idle) - sum(idle) == number * virtual * 10, "a pass for each token of each lane"
+            assert sum(idle) <= (stages - number) * virtual * 10
+            assert sum(idle) >= (stages - number) * (virtual * 10 - 1), "the first and last ticks are passes"
+
+
+@pytest.mark.parametrize("files", ["student tied"], indirect=True)
+def test_no_stage_is_idle_while_prompts_wait(files) -> None:
+    """15 sequences of many lengths in 5 rows."""
+    for schedule in run_ranks(2, _schedule, files, PP2, SAMPLES, 5, STOPS):
+        idle = _idle(schedule)
+        passes = [one for one in schedule if one != "tick"]
+        waited = len(passes) - passes[::-1].index("prompts")
+        assert waited > 20 and not any(idle[:waited])
 
 
 # Checkpoints

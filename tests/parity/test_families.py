@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from megatron_simct.models.hf_load import load_hf_weights
 from megatron_simct.models.hf_mapping import parameters_of
 from megatron_simct.models.layers import Layer
 from megatron_simct.parallel.initialize import process_groups
-from megatron_simct.parallel.pipeline import tensor_from_last_stage, through_stage
+from megatron_simct.parallel.pipeline import hand_on, tensor_from_last_stage
 from megatron_simct.preflight.memory import Sizes, stage_parameters
 from megatron_simct.records import Prompt
 from megatron_simct.rollout.engine import Sampling
@@ -530,9 +529,11 @@ def _logits(model: Any, groups: Any) -> torch.Tensor:
 
     hidden = torch.empty(LENGTH, len(TOKENS), model.config.hidden_size)
     for chunk in chunks_of(model.eval()):
-        hidden = through_stage(
-            partial(stage, chunk), hidden, groups.pp, first=chunk.pre_process, last=chunk.post_process
-        )
+        if not chunk.pre_process:
+            hand_on(None, hidden, groups.pp)
+        hidden = stage(chunk, None if chunk.pre_process else hidden)
+        if not chunk.post_process:
+            hand_on(hidden, None, groups.pp)
     width = model.vocab_shard[1] - model.vocab_shard[0]
     logits = torch.empty(len(TOKENS), LENGTH, width * groups.tp_size)
     if groups.is_last_stage:

@@ -15,15 +15,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from examples.experiments import distances, plan, processes, real, report, run, scoring, toy
+from examples.experiments import distances, grid, plan, problems, processes, real, report, run, scoring, toy
 from examples.experiments.plan import BOUNDS, SETTINGS, VARIANTS, Run
+from examples.quickstart import tokenizer_files
 from examples.quickstart.task import write_task
 from examples.real_weights import measure
+from megatron_simct.alignment import load_tokenizer
 from megatron_simct.config.flags import parse_config
 from megatron_simct.losses.checks import check_config
 from tests.huggingface import save_byte_fallback, save_byte_level, save_model
 
 TOY, REAL = SETTINGS[0], SETTINGS[-1]
+needs_tokenizers = pytest.mark.skipif(
+    importlib.util.find_spec("mistral_common") is None,
+    reason="mistral-common is not installed: pip install --no-deps -r examples/quickstart/requirements.txt",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +57,7 @@ def finished(interface: str, seed: int, *, greedy: str, before: str = "0011") ->
 
 
 def test_the_first_seed_of_everything_comes_first() -> None:
-    runs = plan.planned_runs()
+    runs = [r for r in plan.planned_runs() if r.setting.part != "e"]
     assert [r.seed for r in runs] == sorted(r.seed for r in runs)
     assert (
         len(runs)
@@ -130,10 +136,7 @@ def test_two_studies_do_not_share_a_folder(tmp_path) -> None:
         first.command([sys.executable, "-c", other.format(tmp_path)], log=tmp_path / "log.txt")
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("mistral_common") is None,
-    reason="mistral-common is not installed: pip install --no-deps -r examples/quickstart/requirements.txt",
-)
+@needs_tokenizers
 @pytest.mark.parametrize("setting", [*SETTINGS[:-1], BOUNDS[0]], ids=lambda setting: setting.name)
 def test_every_planned_run_is_a_command_that_the_trainer_accepts(tmp_path, monkeypatch, setting) -> None:
     commands = []
@@ -230,7 +233,7 @@ def test_the_report_says_what_is_done_and_what_the_results_bear(tmp_path) -> Non
         finished("paper", seed, greedy="0000")
     finished("strict", 1, greedy="0011")
     text = report.write_report(plan.planned_runs()).read_text()
-    assert "**5 of 159 planned runs are done.**" in text
+    assert "**5 of 348 planned runs are done.**" in text
     assert re.search(r"^\* teacher-groups: .*`strict` 2 3 4 5, `bytes` 3 4 5", text, re.MULTILINE)
     assert "* Greedy accuracy improves under `bytes` (+0.500)." in text
     assert "* Greedy accuracy is harmed by `paper` (-0.500)." in text
@@ -315,10 +318,10 @@ def test_the_reports_numbers_on_bounds_are_those_of_its_files() -> None:
 def test_warm_starts_are_drawn_as_pairs_are() -> None:
     """Two starts that differ by .5 in everything: one of four draws has the one alone, one the other."""
     values = np.stack([np.zeros(200), np.full(200, 0.5)])
-    estimate = scoring.over_starts(values, scoring.NUM_PAIRS)
+    estimate = scoring.over_starts(values, np.arange(200) % scoring.NUM_PAIRS)
     assert (estimate.low, estimate.mean, estimate.high) == (0, 0.25, 0.5)
     one = (np.arange(200) % 54 < 27).astype(float)
-    alone, clusters = scoring.over_starts(one[None], 54), scoring.by_clusters(one, 54)
+    alone, clusters = scoring.over_starts(one[None], np.arange(200) % 54), scoring.by_clusters(one, 54)
     assert (alone.low, alone.high) == pytest.approx((clusters.low, clusters.high), abs=0.01)
 
 
@@ -352,6 +355,183 @@ def test_results_in_the_repository_are_of_planned_runs(monkeypatch) -> None:
                 samples = content["configuration"]["eval_samples"] if name.startswith("sampled") else 1
                 share = sum(map(int, outcome)) / (samples * len(outcome))
                 assert share == pytest.approx(content["figures"][name])
+
+
+def judged(arm: str, setting: plan.Setting, seed: int, after: str, before: str = "0" * 400) -> Run:
+    """A run of part e with these answers to validation and held-out problems, kept."""
+    done = Run(setting=setting, interface=arm, seed=seed)
+    outcomes = {"greedy_before": before, "greedy": after, "sampled_before": before, "sampled": after}
+    other = {"figures": {}, "warm_start": "w", "seconds": 9.0, "cpu_seconds": 8.0}
+    run.keep(done, {"outcomes": outcomes, **other})
+    return done
+
+
+def test_every_beginning_of_part_e_is_balanced() -> None:
+    """Numbers of runs of two arms differ by one at most; rates come before seeds."""
+    runs = plan.grid_runs()
+    assert len(runs) == len({r.name for r in runs}) == 7 * 3 * (3 + 6)
+    counts = {(grid, arm): 0 for grid in plan.GRIDS for arm in plan.ARMS}
+    for one in runs:
+        counts[one.setting.options["grid"], one.interface] += 1
+        assert max(counts.values()) - min(counts.values()) <= 1
+    assert [r.setting in plan.RATE_SETTINGS for r in runs] == [True] * 63 + [False] * 126
+
+
+def test_the_best_rate_is_that_of_the_validation_problems(capsys) -> None:
+    """Held-out problems, all right at the other rates, have no say."""
+    best = Run(setting=plan.BEST_SETTINGS[0], interface="paper", seed=2)
+    of_rates = [s for s in plan.RATE_SETTINGS if s.options["grid"] == best.setting.options["grid"]]
+    for setting in of_rates:
+        assert best.configuration.get("lr") is None and not best.ready and not run._can_start(best)
+        right = {6e-5: 50, 2e-4: 60, 6e-4: 60}[setting.options["lr"]]
+        held_out = "0" if setting.options["lr"] == 2e-4 else "1"
+        judged("paper", setting, 1, ("1" * right).ljust(200, "0") + held_out * 200)
+    assert "paper-2 waits" in capsys.readouterr().out
+    assert best.ready and best.configuration["lr"] == 2e-4, "the lower one of two equals"
+    assert Run(setting=best.setting, interface="sft", seed=2).configuration["train_iters"] == 300
+    first = best.fingerprint
+    judged("paper", of_rates[-1], 1, "1" * 200 + "0" * 200)
+    assert best.configuration["lr"] == 6e-4 and best.fingerprint != first
+
+
+def test_problems_of_part_e_are_distinct_and_none_is_trained_on(tmp_path) -> None:
+    pairs = {}
+    for path in problems.write_problems(tmp_path, "crossing"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        pairs[path.stem] = [tuple(map(int, re.findall("[0-9]+", row["prompt"]))) for row in rows]
+        for row, (a, b) in zip(rows, pairs[path.stem], strict=True):
+            assert f" {a + b} " in row["label"] == row["response"]
+    assert len(set(pairs["judged"])) == len(pairs["judged"]) == 400
+    assert pairs["judged"][:200] == pairs["validation"] and len(pairs["train"]) == 6000
+    assert not set(pairs["train"]) & set(pairs["judged"]) and len(set(pairs["train"])) == 410
+    assert [a for a, _ in pairs["judged"][200:]] == list(problems.clusters())
+
+
+@needs_tokenizers
+def test_all_words_of_the_third_pair_are_cut_across_tokens(tmp_path) -> None:
+    """In each, a token of one tokenizer begins inside a token of the other and ends behind it."""
+    names, things = problems.WORDS["crossing"]
+    spans: list[dict[str, list[tuple[int, int]]]] = []
+    for side in tokenizer_files.sides("digits-agree", "teacher-groups", tmp_path):
+        tokenizer = load_tokenizer(side.tokenizer)
+        pieces = tokenizer.table.pieces()
+        spans.append({})
+        for word in (*names, *things):
+            ends = np.cumsum([len(pieces[i]) for i in tokenizer.encode(f" {word}".encode())]).tolist()
+            spans[-1][word] = list(zip([0, *ends], ends, strict=False))
+    for word in (*names, *things):
+        ours, theirs = (of[word] for of in spans)
+        assert any(a < c < b < d or c < a < d < b for a, b in ours for c, d in theirs), word
+
+
+@needs_tokenizers
+@pytest.mark.parametrize("setting", plan.RATE_SETTINGS[:3], ids=lambda setting: setting.name)
+def test_every_arm_is_a_command_that_the_trainer_accepts(tmp_path, monkeypatch, setting) -> None:
+    commands = []
+
+    def command(self, command, *, log) -> dict[str, float]:
+        commands.append(parse_config(list(command[3:])))
+        log.parent.mkdir()
+        evaluation = {"kind": "evaluation", "greedy_accuracy": 0, "sampled_accuracy": 0}
+        row = json.dumps(evaluation | {"greedy_right": [0], "sampled_right": [0]}) + "\n"
+        (log.parent / "metrics.jsonl").write_text(row * 2)
+        return {"seconds": 1.0, "cpu_seconds": 1.0}
+
+    def stage(self, root) -> None:
+        stages.append(self.output.name)
+
+    stages: list[str] = []
+    monkeypatch.setattr(toy.quickstart.Stage, "run", stage)
+    monkeypatch.setattr(processes.Workplace, "command", command)
+    bench = toy.Toy(setting, processes.Workplace(tmp_path / "work"))
+    assert {"teacher", "student", "same-tokenizer-teacher", "responses", "warm_up.jsonl"} <= set(stages)
+    assert sorted(set(stages)) == sorted(stages), "no stage is run twice"
+    for arm in setting.interfaces:
+        bench.run(Run(setting=setting, interface=arm, seed=1))
+    configs = dict(zip(setting.interfaces, commands, strict=True))
+    for arm, config in configs.items():
+        config.check(data_parallel_size=1)
+        check_config(config.interface)
+        assert config.interface.interface == VARIANTS.get(arm, (arm, {}))[0]
+        assert config.training.train_iters == (300 if arm == "sft" else 100)
+        assert config.training.lr == 2e-4 and Path(config.data.eval_prompt_data).name == "judged.jsonl"
+    assert len({config.model.pretrained_checkpoint for config in commands}) == 1
+    student = configs["kd"].model.tokenizer_model
+    assert configs["kd"].teacher.tokenizer_model == student != configs["paper"].teacher.tokenizer_model
+
+
+def recomputed(gains: dict[int, list[np.ndarray]], firsts: list[int]) -> tuple[float, float, float]:
+    """Mean and interval without the report's code: warm starts, then first numbers, drawn one by one."""
+    random, starts = np.random.default_rng(1), [np.mean(of_seeds, axis=0) for of_seeds in gains.values()]
+    groups = [[i for i, first in enumerate(firsts) if first == number] for number in sorted(set(firsts))]
+    means = []
+    for _ in range(4000):
+        drawn = [i for k in random.integers(0, len(groups), len(groups)) for i in groups[k]]
+        chosen = random.integers(0, len(starts), len(starts))
+        means.append(np.mean([starts[w][drawn] for w in chosen]))
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(np.mean(starts)), float(low), float(high)
+
+
+def check_part_e(text: str, folder: Path) -> int:
+    """Recompute the intervals of greedy changes in part e of this report from its files; their number."""
+    with tempfile.TemporaryDirectory() as made:
+        rows = problems.write_problems(Path(made), "plain")[2].read_text().splitlines()[200:]
+    firsts = [int(re.findall("[0-9]+", json.loads(row)["prompt"])[0]) for row in rows]
+    gains: dict[tuple[str, str, str], dict[int, list[np.ndarray]]] = {}
+    for path in sorted(folder.glob("e-*.json")):
+        content = json.loads(path.read_text())
+        of, kind = content["configuration"], "rate" if "-rate-" in path.stem else "best"
+        after, before = ([int(d) for d in content["outcomes"][name]] for name in ("greedy", "greedy_before"))
+        key = (of["grid"], f"| `{of['interface']}` | {of['lr']:g} |", kind)
+        of_key = gains.setdefault(key, {}).setdefault(of["warm_start_seed"], [])
+        of_key.append((np.array(after) - np.array(before))[200:])
+    for (pair, start, kind), of_starts in gains.items():
+        section = text.split(f"### {pair}:")[1].split("\n### ")[0].split("\n## ")[0]
+        table = section.split("| arm | best rate |")[kind == "best"]
+        row = next(row for row in table.splitlines() if row.startswith(start))
+        said = re.search(r"(\S+) \((\S+) to (\S+)\) (\w+)", row)
+        mean, low, high = recomputed(of_starts, firsts)
+        assert said is not None and float(said[1]) == pytest.approx(mean, abs=6e-4), row
+        assert (float(said[2]), float(said[3])) == pytest.approx((low, high), abs=0.012), row
+        if abs(low) > 0.012 < abs(high):
+            assert said[4] == ("better" if low > 0 else "worse" if high < 0 else "undecided"), row
+    return len(gains)
+
+
+def test_the_reports_numbers_on_part_e_are_those_of_its_files() -> None:
+    folder = Path(report.__file__).parent
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    files = sorted((folder / "results").glob("e-*.json"))
+    rates = sum("-rate-" in path.stem for path in files)
+    assert f"**{rates} of 63 runs that choose a rate and {len(files) - rates} of 126 runs" in text
+    check_part_e(text, folder / "results")
+
+
+def test_part_e_of_a_report_is_recomputed_and_says_what_it_cannot_tell(results) -> None:
+    random = np.random.default_rng(7)
+
+    def answers(share: float) -> str:
+        return "".join(map(str, (random.random(400) < share).astype(int)))
+
+    pair = "e-student-groups"
+    for setting in plan.RATE_SETTINGS:
+        for arm, share in {"bytes_any": 0.6, "paper": 0.3, "kd": 0.5}.items():
+            if setting.options["grid"] == pair and (arm != "kd" or setting.options["lr"] == 2e-4):
+                judged(arm, setting, 1, answers(share), answers(0.3))
+    for setting in plan.BEST_SETTINGS:
+        if setting.options["grid"] == pair and setting.options["warm_start_seed"] < 3:
+            for seed in plan.CONFIRMED:
+                judged("paper", setting, seed, answers(0.3), answers(0.3))
+                judged("bytes_any", setting, seed, answers(0.6), answers(0.3))
+    text = grid.section({one.name: one.result for one in plan.grid_runs()})
+    assert "**7 of 63 runs that choose a rate and 8 of 126 runs at the best rate are done.**" in text
+    assert check_part_e(text, results) == 9
+    assert "* Nothing of `sft`, `strict`, `exact`, `alm`: no run." in text
+    assert "* The best rate of `kd`: not all three rates have run." in text
+    assert text.count("No run of this pair is done: nothing is known.") == 2
+    assert re.search(r"^\| `paper` \| \S+ \| 4 from 2 \|.* worse \|$", text, re.MULTILINE)
+    assert "48 of this pair's runs are not done" in text
 
 
 def test_distances_of_texts_from_a_teacher(tmp_path) -> None:

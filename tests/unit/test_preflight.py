@@ -1086,6 +1086,33 @@ def test_plan_of_a_student(tmp_path) -> None:
     assert plan.peak_phase == "update"
 
 
+def test_pipeline_stages_cache_all_sequences_and_compute_a_lane_of_them(tmp_path) -> None:
+    """Each of two stages caches all rows, at least one a lane, for half of the layers; the last one has the
+    logits of a lane."""
+    shape = {"hidden_size": 64, "intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+    fields = {**shape, "model_type": "llama", "num_hidden_layers": 4, "vocab_size": 50_000}
+    fields |= {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 64}
+    write_json(tmp_path / "config.json", fields)
+    parallel = ParallelConfig(pipeline_model_parallel_size=2)
+    architecture = read_architecture(str(tmp_path), flag="--hf-checkpoint")
+    sizes = Sizes(architecture=architecture, parallel=parallel, vocab_size=50_000, bf16=False)
+    for batch, rows, lane in ((1, 2, 1), (7, 7, 4), (8, 8, 4)):
+        plan = student_plan(
+            sizes,
+            optimizer="sgd",
+            micro_batch_size=1,
+            num_micro_batches=2,
+            engine_batch_size=batch,
+            prompt_len=3,
+            response_len=5,
+            loss_memory=1 << 30,
+            trains_on_given=False,
+            on_gpu=False,
+        )
+        assert plan.phases["rollout"]["KV cache"] == 2 * rows * (3 + 5) * 2 * (2 * 16) * 4
+        assert plan.phases["rollout"]["forward pass"] == 4 * 4 * lane * 50_000
+
+
 # The shipped examples
 
 
